@@ -7,12 +7,18 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 """Characters that move a terminal's cursor or turn the direction of text; not tab and line feed."""
 
 
+_MOST_CHARS = 8000
+
+
 class InputError(ValueError):
-    """One sentence for the user: which file, row or field, what was expected, what to do, without
-    control characters, wherever it is shown. Command lines print it alone and exit with status 2.
+    """One sentence for the user: which file, row or field, what was expected, what to do. Command
+    lines print it alone and exit with status 2. Wherever it is shown it has no control characters,
+    and of names without end their beginning.
     """
 
     def __init__(self, sentence: str) -> None:
+        if len(sentence) > _MOST_CHARS:
+            sentence = f"{sentence[: _MOST_CHARS // 2]} … {sentence[-_MOST_CHARS // 4 :]}"
         super().__init__(escape_control(sentence))
 
 

@@ -1,4 +1,4 @@
-"""Files that several processes share: replaced whole, and locked; what is no file, refused."""
+"""Files that several processes share: replaced whole, and locked; what is not a file, refused."""
 
 import fcntl
 import os

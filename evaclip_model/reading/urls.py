@@ -30,7 +30,7 @@ def open_filesystem(url: str) -> Any:
 
     try:
         return fsspec.filesystem(url.partition("://")[0])
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError) as error:  # TypeError: ftp:// wants more than a URL
         raise InputError(f"{url} cannot be read: {error}") from None
 
 

@@ -28,6 +28,7 @@ def test_a_sentence_for_the_user_holds_no_control_characters_wherever_it_is_logg
     error = InputError("a\x1b[2J\u202eb.csv is\na pipe")
     assert str(error) == "a\\x1b[2J\\u202eb.csv is\na pipe"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert len(str(InputError("x" * 1_000_000 + " is too long"))) < 10_000
 
 
 def test_a_bar_shows_titles_and_details_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,8 +106,9 @@ def test_files_behind_urls_are_read_through_fsspec(tmp_path: Path, bucket: str) 
 
 
 def test_a_protocol_without_its_package_is_one_sentence() -> None:
-    with pytest.raises(InputError, match="nothing://a/b cannot be read"):
-        find_metadata("nothing://a/b", "test")
+    for url in ("nothing://a/b", "ftp://a/b"):
+        with pytest.raises(InputError, match=f"{url} cannot be read"):
+            find_metadata(url, "test")
 
 
 class _Away(Exception):
