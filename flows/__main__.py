@@ -38,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
         status = commands(arguments, prog_name="python -m flows", standalone_mode=False)
-    except (InputError, TyperException) as error:
+    except (InputError, TyperException, PermissionError) as error:
         console.file.flush()
-        text = str(error) if isinstance(error, InputError) else error.format_message()
+        text = error.format_message() if isinstance(error, TyperException) else str(error)
         print(f"error: {escape_control(text)}", file=sys.stderr)
         return 2
     if status == INTERRUPTED:

@@ -97,7 +97,7 @@ def _with_included(path: Path, around: tuple[Path, ...]) -> dict[str, Any]:
     """The file's tables over those of the files it includes; `around`: the files that led here."""
     try:
         values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} is not valid TOML: {error}") from None
     included = values.pop(INCLUDE, [])
     if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
@@ -149,5 +149,5 @@ def _parse_value(text: str) -> Any:
     """A TOML value where it is one (number, boolean, list, quoted string), else the bare text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text

@@ -88,6 +88,8 @@ def test_a_recipe_that_is_no_toml_is_named_with_the_place(refused: Command, tmp_
     recipe = tmp_path / "own.toml"
     recipe.write_text("name = 'own'\n[merge\n")
     assert re.search(r"own.toml is not valid TOML: .*line 2", refused("plan", str(recipe)))
+    recipe.write_text("a = " + "[" * 5_000)
+    assert re.search(r"own.toml is not valid TOML: .*recursion", refused("plan", str(recipe)))
 
 
 @pytest.mark.parametrize(
