@@ -91,7 +91,7 @@ def explain_error(model: type[BaseModel], error: ValidationError) -> str:
             return f"'{key}' is called '{present}' now: write it under that name{more}"
         if removed := getattr(table, "REMOVED", {}).get(last):
             return f"'{key}' is no longer a setting: {removed}; leave it out{more}"
-        fields = getattr(table, "model_fields", {})
+        fields = getattr(table, "__pydantic_fields__", {})
         known = sorted(field.alias or name for name, field in fields.items())
         near = difflib.get_close_matches(last, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
@@ -110,7 +110,7 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Any:
     for part in location:
         if isinstance(part, int):
             continue
-        fields = getattr(current, "model_fields", {})
+        fields = getattr(current, "__pydantic_fields__", {})
         field = next((f for name, f in fields.items() if part in (name, f.alias)), None)
         if field is None:
             return None
@@ -121,4 +121,5 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Any:
 def _model_inside(annotation: Any) -> Any:
     """The pydantic model inside `X | None`, `list[X]`, `tuple[X, ...]` or `dict[str, X]`."""
     inside = map(_model_inside, get_args(annotation))
-    return next((found for found in inside if hasattr(found, "model_fields")), annotation)
+    found = (one for one in inside if hasattr(one, "__pydantic_fields__"))
+    return next(found, annotation)

@@ -9,15 +9,17 @@ that lacks something is flawed and costs itself, not its shard.
 
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Set
 from enum import StrEnum
 from functools import partial
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
@@ -27,6 +29,7 @@ from evaclip_model.reading.urls import (
     is_url,
     open_binary,
     open_filesystem,
+    read_range,
     read_text,
     resolve_location,
 )
@@ -35,6 +38,10 @@ SHARDS = "shards.json"
 """Name of the manifest, in the folder that its shards' paths are relative to."""
 VALIDATION_SHARDS = "validation.json"
 """Beside it, of the pairs that are held out."""
+TOMBSTONES = "tombstones.bin"
+"""Beside both: which samples of their shards nobody may read, a part a shard."""
+MAX_SAMPLES = 1 << 24
+"""Of a shard whose tombstones are read."""
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif"),
     *("png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
@@ -88,8 +95,10 @@ class Sample(NamedTuple):
     flaw: MemberFlaw | None = None
 
 
-class Shard(Config):
-    """One whole, verified webdataset tar."""
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class Shard:
+    """One whole, verified webdataset tar. A rank holds hundreds of thousands of them: half as large
+    as pydantic's models."""
 
     path: str
     """Relative to the manifest's folder, with forward slashes; or a URL of `SHARD_SCHEMES`."""
@@ -100,9 +109,10 @@ class Shard(Config):
     bytes: int = Field(ge=1)
     """Size of the tar."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    tombstones_at: tuple[int, int] | None = None
+    """Offset and length in bytes of its part of `TOMBSTONES`; None: all its samples count."""
     tombstones: str = Field(default="", pattern=r"^(\d+( \d+)*)?$")
-    """Places of the tar's samples that nobody may read, counted from 0, separated by spaces: text,
-    because two billion samples have millions of them and few are needed at once."""
+    """The same as numbers between spaces, as manifests had it before there was that file."""
     captions: str = ""
     """Path of a file of further captions (captions.py), as `path` is; empty: there are none."""
 
@@ -118,11 +128,6 @@ class Shard(Config):
                 f"({', '.join(SHARD_SCHEMES)})"
             )
         return path
-
-    @property
-    def left_out(self) -> frozenset[int]:
-        """The tombstones as numbers."""
-        return frozenset(map(int, self.tombstones.split()))
 
 
 class ShardManifest(Config):
@@ -154,7 +159,34 @@ class ShardManifest(Config):
 
     def write(self, path: Path) -> None:
         """Write the manifest, never seen half-written."""
-        write_atomically(path, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        write_atomically(path, json.dumps(values, indent=1) + "\n")
+
+
+def append_tombstones(bits: bytes, file: BinaryIO) -> tuple[int, int]:
+    """Write a shard's part at the end of `TOMBSTONES`: a bit a sample, the lowest first, set where
+    nobody may read it; returns its `Shard.tombstones_at`."""
+    return file.tell(), file.write(zlib.compress(bits))
+
+
+def read_tombstones(folder: str, shard: Shard) -> frozenset[int]:
+    """Places of a shard's samples that do not count, from 0; `folder`, a path or a URL, is that of
+    its manifest. Raises InputError."""
+    if shard.tombstones_at is None:
+        return frozenset(map(int, shard.tombstones.split()))
+    location = resolve_location(folder, TOMBSTONES)
+    try:
+        inflate = zlib.decompressobj()
+        bits = inflate.decompress(read_range(location, *shard.tombstones_at), MAX_SAMPLES // 8)
+        if not inflate.eof:
+            raise EOFError(f"no whole part of {shard.path}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{location} cannot be read as tombstones ({error}): make the dataset again"
+        ) from None
+    return frozenset(
+        8 * at + bit for at, byte in enumerate(bits) if byte for bit in range(8) if byte >> bit & 1
+    )
 
 
 def read_samples(shard: Path) -> Iterator[Sample]:
@@ -275,7 +307,7 @@ def _read_webdataset(
                 members = tar_file_expander([tar], select_files=is_sample_file)
                 # A repeated member is passed over: its sample is left out of the dataset.
                 found = group_by_keys(members, handler=ignore_and_continue)
-                for one in skip_tombstones(found, shard.left_out):
+                for one in skip_tombstones(found, read_tombstones(folder, shard)):
                     if has_captions:
                         mine = further.get(one["__key__"], {})
                         one["captions.json"] = json.dumps(mine).encode()
@@ -285,7 +317,7 @@ def _read_webdataset(
 
 
 def skip_tombstones(samples: Iterable[T], left_out: Set[int]) -> Iterator[T]:
-    """A shard's samples, read in stored order, without its tombstones, `Shard.left_out`."""
+    """A shard's samples, read in stored order, without its tombstones."""
     return (one for place, one in enumerate(samples) if place not in left_out)
 
 

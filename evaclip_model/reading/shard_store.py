@@ -17,7 +17,7 @@ from typing import Any
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file
-from evaclip_model.reading.samples import SampleReader, Shard
+from evaclip_model.reading.samples import SampleReader, Shard, read_tombstones
 from evaclip_model.reading.urls import is_url, open_binary, open_filesystem, resolve_location
 
 FETCHES_AT_ONCE = 4
@@ -65,11 +65,11 @@ class ShardStore:
         """Open the shard, once it is there, to read its samples that count; raises InputError."""
         location = resolve_location(self.folder, shard.path)
         if not is_url(location):
-            return _open_local(Path(location), shard)
+            return _open_local(Path(location), shard, read_tombstones(self.folder, shard))
         for _ in range(ATTEMPTS):
             try:
                 path = self._request_shard(shard, must=True).result()
-                return SampleReader(path, shard.left_out)
+                return SampleReader(path, read_tombstones(self.folder, shard))
             except FileNotFoundError:  # another process took it over, and cleared it away
                 with self._lock:
                     self._held.pop(shard.sha256, None)
@@ -153,11 +153,11 @@ def _fetch_once(url: str, shard: Shard, path: Path) -> None:
             raise ValueError(f"{size} bytes came that are not the {shard.bytes} of the manifest")
 
 
-def _open_local(path: Path, shard: Shard) -> SampleReader:
+def _open_local(path: Path, shard: Shard, left_out: frozenset[int]) -> SampleReader:
     try:
         size = path.stat().st_size
         if size == shard.bytes:
-            return SampleReader(path, shard.left_out)
+            return SampleReader(path, left_out)
     except OSError as error:
         raise InputError(f"{path} cannot be opened ({error}): verify the shards again") from None
     raise InputError(

@@ -71,10 +71,24 @@ def read_text(location: Path | str) -> str:
     if not is_url(location):
         refuse_special(location)
         return Path(location).read_text(encoding="utf-8-sig")
+    return _fetch(str(location)).decode("utf-8-sig")
+
+
+def read_range(location: str, start: int, size: int) -> bytes:
+    """`size` bytes of a file on this machine or at a URL, fewer where it ends before; raises
+    OSError, and InputError as `open_filesystem`."""
+    if is_url(location):
+        return _fetch(location, start=start, end=start + size)
+    with open(location, "rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
+def _fetch(url: str, **part: int) -> bytes:
     try:
-        content: bytes = open_filesystem(str(location)).cat_file(str(location))
+        content: bytes = open_filesystem(url).cat_file(url, **part)
     except (OSError, InputError):
         raise
     except Exception as error:  # every protocol has its own kinds: botocore's are not OSErrors
         raise OSError(str(error) or type(error).__name__) from error
-    return content.decode("utf-8-sig")
+    return content

@@ -8,9 +8,10 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,14 @@ from jinja2 import Environment, StrictUndefined
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
-from evaclip_model.reading.samples import SHARDS, VALIDATION_SHARDS, Shard, ShardManifest
+from evaclip_model.reading.samples import (
+    SHARDS,
+    TOMBSTONES,
+    VALIDATION_SHARDS,
+    Shard,
+    ShardManifest,
+    append_tombstones,
+)
 from tasks.artifacts.artifact import CARD, Artifact, Made
 from tasks.dataset.choose import Choice, LeftOutReason, Rows, choose_samples, find_held_out
 from tasks.dataset.config import (
@@ -93,16 +101,18 @@ def make_dataset(
         captions = write_sidecars(index, outside.captions, out, report)
     report(2, 3, "manifest")
     held_out = find_held_out(index, config.validation_share) & ~choice.left_out
-    shards, by_source = _keep_shards(verdicts, verified, choice, choice.left_out | held_out, out)
+    with (out / TOMBSTONES).open("wb") as bits:
+        keep_shards = partial(_keep_shards, verdicts, verified, choice, bits)
+        shards, by_source = keep_shards(choice.left_out | held_out)
+        validation, _ = keep_shards(~held_out) if held_out.any() else ((), {})
     if not shards:
         reasons = choice.count_reasons(0, index.rows).items()
         said = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
         raise InputError(f"nothing is left of {index.rows:,} samples: {said}")
     ShardManifest(shards=shards).write(out / SHARDS)
-    names: tuple[str, ...] = (SHARDS, LEFT_OUT, TAKEN_DOWN, REPORT, CARD)
-    if held_out.any():
-        kept, _ = _keep_shards(verdicts, verified, choice, ~held_out, out)
-        ShardManifest(shards=kept).write(out / VALIDATION_SHARDS)
+    names: tuple[str, ...] = (SHARDS, TOMBSTONES, LEFT_OUT, TAKEN_DOWN, REPORT, CARD)
+    if validation:
+        ShardManifest(shards=validation).write(out / VALIDATION_SHARDS)
         names += (VALIDATION_SHARDS,)
     pq.write_table(choice.to_table(), out / LEFT_OUT, compression="zstd")
     write_atomically(out / TAKEN_DOWN, "".join(f"{entry}\n" for entry in takedowns.entries))
@@ -125,30 +135,33 @@ def _keep_shards(
     verdicts: Sequence[ShardVerdict],
     verified: Path,
     choice: Choice,
+    bits: BinaryIO,
     hidden: npt.NDArray[np.bool_],
-    out: Path,
 ) -> tuple[tuple[Shard, ...], dict[str, dict[str, int]]]:
-    """Shards with anything in them that is not `hidden` [rows], and by source what became of its
-    samples."""
+    """Shards with anything in them that is not `hidden` [rows], as seen from the folder of `bits`,
+    which gets their tombstones; and by source what became of its samples."""
+    out = Path(bits.name).parent
     shards: list[Shard] = []
     by_source: dict[str, Counter[str]] = {}
     start = 0
     for number, verdict in enumerate(verdicts):
         stop = start + verdict.stored
         if verdict.shard is not None:
-            gone = np.flatnonzero(hidden[start:stop]).tolist()
-            left = verdict.stored - len(gone)
+            gone = hidden[start:stop]
+            left = verdict.stored - int(gone.sum())
             counts = by_source.setdefault(verdict.shard.source, Counter())
             reasons = choice.count_reasons(start, stop)
             counts.update(shards=int(left > 0), samples=left)
             counts.update({f"left_out.{reason}": count for reason, count in reasons.items()})
             if left:
                 path = relative_path(shard_location(verified, verdict.path), out)
-                tombstones = " ".join(map(str, gone))
-                update: dict[str, Any] = {"path": path, "samples": left, "tombstones": tombstones}
+                update: dict[str, Any] = {"path": path, "samples": left}
+                if left < verdict.stored:
+                    packed = np.packbits(gone, bitorder="little").tobytes()
+                    update["tombstones_at"] = append_tombstones(packed, bits)
                 if (out / shard_captions(number)).exists():
                     update["captions"] = shard_captions(number)
-                shards.append(Shard.model_validate(verdict.shard.model_dump() | update))
+                shards.append(replace(verdict.shard, **update))
         start = stop
     return tuple(shards), {source: dict(by_source[source]) for source in sorted(by_source)}
 

@@ -9,7 +9,7 @@ download never takes a sample out of an earlier version.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from evaclip_model.files import write_atomically
@@ -70,5 +70,5 @@ def read_parts(folder: Path) -> list[JoinedPart]:
 def _seen_from(out: Path, folder: Path, verdict: ShardVerdict) -> ShardVerdict:
     """The verdict with the shard's path as it is from `out`."""
     path = relative_path(shard_location(folder, verdict.path), out)
-    shard = verdict.shard and verdict.shard.model_copy(update={"path": path})
+    shard = verdict.shard and replace(verdict.shard, path=path)
     return verdict.model_copy(update={"path": path, "shard": shard})

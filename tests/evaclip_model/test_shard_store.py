@@ -6,8 +6,10 @@ import hashlib
 import os
 import shutil
 import threading
+import zlib
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +20,14 @@ import torch
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.reader import BatchReader, ReadSettings
-from evaclip_model.reading.samples import Sample, Shard, ShardManifest
+from evaclip_model.reading.samples import (
+    TOMBSTONES,
+    Sample,
+    Shard,
+    ShardManifest,
+    append_tombstones,
+    read_samples,
+)
 from evaclip_model.reading.shard_store import ShardStore
 from evaclip_model.training.config import TrainConfig
 
@@ -71,7 +80,7 @@ def web(small_shards, tmp_path, monkeypatch):
     shards = []
     for shard in ShardManifest.read(folder / "shards.json").shards:
         digest = hashlib.sha256((folder / shard.path).read_bytes()).hexdigest()
-        shards.append(shard.model_copy(update={"sha256": digest}))
+        shards.append(replace(shard, sha256=digest))
     ShardManifest(shards=tuple(shards)).write(folder / "shards.json")
     server = Web(folder)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -116,7 +125,7 @@ def test_a_manifest_here_may_name_shards_here_and_at_urls(web, small_shards, tmp
         small_shards / "shards.json", CONFIG, rank=0, ranks=1, settings=ReadSettings()
     )
     mixed = tuple(
-        shard.model_copy(update={"path": f"{web.url}/{shard.path}"}) if number % 2 else shard
+        replace(shard, path=f"{web.url}/{shard.path}") if number % 2 else shard
         for number, shard in enumerate(shards_of(web))
     )
     ShardManifest(shards=mixed).write(tmp_path / "served/mixed.json")
@@ -139,15 +148,41 @@ def test_a_manifest_copied_to_a_store_finds_shards_beside_its_folder(small_shard
         copied.pipe(f"memory://bucket/runs/download/d/shards/{shard.path}", content)
         path = f"../../download/d/shards/{shard.path}"
         digest = hashlib.sha256(content).hexdigest()
-        there.append(shard.model_copy(update={"path": path, "sha256": digest}))
+        with (tmp_path / TOMBSTONES).open("ab") as bits:
+            at = append_tombstones(bytes([0b101]), bits)
+        there.append(
+            replace(shard, path=path, sha256=digest, tombstones_at=at, samples=shard.samples - 2)
+        )
     ShardManifest(shards=tuple(there)).write(tmp_path / "shards.json")
-    copied.pipe(
-        "memory://bucket/runs/dataset/e/shards.json", (tmp_path / "shards.json").read_bytes()
-    )
+    for name in ("shards.json", TOMBSTONES):
+        copied.pipe(f"memory://bucket/runs/dataset/e/{name}", (tmp_path / name).read_bytes())
     settings = ReadSettings(shard_cache=tmp_path / "cache", shard_cache_bytes=2**20)
     place = "memory://bucket/runs/dataset/e/shards.json"
+    hidden = {
+        f"{one.path}/{sample.key}"
+        for one in here
+        for sample in [*read_samples(small_shards / one.path)][:3:2]
+    }
     with closing(BatchReader(place, CONFIG, rank=0, ranks=1, settings=settings)) as reader:
-        assert len(reader.read_batch(0).captions) == CONFIG.global_batch
+        origins = [origin for step in range(3) for origin in reader.read_batch(step).origins]
+    read = {f"{Path(origin.shard).name}/{origin.key}" for origin in origins}
+    assert len(origins) == 3 * CONFIG.global_batch
+    assert not read & hidden
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no deflated bits", zlib.compress(bytes(9))[:-3]])
+def test_tombstones_that_are_gone_or_damaged_are_one_sentence(small_shards, tmp_path, content):
+    folder = shutil.copytree(small_shards, tmp_path / "copy")
+    if content is not None:
+        (folder / TOMBSTONES).write_bytes(content)
+    shards = ShardManifest.read(folder / "shards.json").shards
+    ShardManifest(shards=tuple(replace(one, tombstones_at=(0, 99)) for one in shards)).write(
+        folder / "shards.json"
+    )
+    with pytest.raises(InputError, match=r"tombstones\.bin cannot be read as tombstones .*again"):
+        BatchReader(
+            folder / "shards.json", CONFIG, rank=0, ranks=1, settings=ReadSettings()
+        ).read_batch(0)
 
 
 def test_a_shard_that_changed_since_it_was_verified_is_one_sentence(small_shards, tmp_path):

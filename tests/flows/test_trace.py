@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evaclip_model.reading.samples import SampleReader, ShardManifest
+from evaclip_model.reading.samples import SampleReader, ShardManifest, read_tombstones
 from flows.audit.dataset_replacement import take_down
 from flows.audit.sample_trace import trace_sample
 from flows.config.recipe import load_recipe
@@ -138,7 +138,9 @@ def held(version: Artifact) -> int:
     """Samples that the trainer's reader finds in a version."""
     count = 0
     for shard in ShardManifest.read(version.folder / "shards.json").shards:
-        reader = SampleReader(version.folder / shard.path, shard.left_out)
+        reader = SampleReader(
+            version.folder / shard.path, read_tombstones(str(version.folder), shard)
+        )
         count += len(reader.read(0, 10**6))
         reader.close()
     return count

@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.samples import SampleReader, Shard, ShardManifest
+from evaclip_model.reading.samples import SampleReader, Shard, ShardManifest, read_tombstones
 from tasks.artifacts.artifact import Address, Artifact, Made, produce_artifact
 from tasks.dataset.choose import Choice, find_asked, sort_by_kind
 from tasks.dataset.config import DatasetConfig, OutsideFiles
@@ -107,7 +107,7 @@ def captions(folder: Path, manifest: str = "shards.json") -> list[str]:
     """What the trainer's reader finds in all shards of a version."""
     found: list[str] = []
     for shard in ShardManifest.read(folder / manifest).shards:
-        reader = SampleReader(folder / shard.path, shard.left_out)
+        reader = SampleReader(folder / shard.path, read_tombstones(str(folder), shard))
         pairs = reader.read(0, shard.samples)
         assert len(pairs) == shard.samples
         assert reader.read(shard.samples, shard.samples + 1) == []
@@ -133,7 +133,7 @@ def test_without_anything_to_leave_out_every_sample_is_read(verified: Artifact) 
     assert made.counts["samples"] == 10
     assert made.counts["left_out"] == 0
     assert made.counts["laion2b.samples"] == 6
-    assert "tombstones" not in (folder / "shards.json").read_text().replace('"tombstones": ""', "")
+    assert "tombstones" not in (folder / "shards.json").read_text()
 
 
 def test_bad_samples_become_tombstones_and_bad_shards_are_no_longer_there(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_bad_samples_become_tombstones_and_bad_shards_are_no_longer_there(tmp_pa
     folder, made = version(verified)
     assert uids_read(folder) == ["a0", "a2"]
     (shard,) = ShardManifest.read(folder / "shards.json").shards
-    assert (shard.samples, shard.tombstones) == (2, "1")
+    assert (shard.samples, read_tombstones(str(folder), shard)) == (2, {1})
     assert made.counts["left_out.bad.undecodable"] == 1
     assert made.counts["left_out.shard"] == 3
 
@@ -349,7 +349,11 @@ def test_making_a_manifest_compares_all_rows_once_not_once_a_shard(tmp_path):
     choice = CountingChoice(20)
     choice.leave_out(np.array([0, 5, 6]), "exact_duplicate")
     verify, dataset = tmp_path / "verify", tmp_path / "dataset"
-    shards, by_source = _keep_shards(verdicts, verify, choice, choice.left_out, dataset)
+    dataset.mkdir()
+    with (dataset / "tombstones.bin").open("wb") as bits:
+        shards, by_source = _keep_shards(verdicts, verify, choice, bits, choice.left_out)
     assert choice.comparisons == 1
     assert [found.samples for found in shards] == [3, 2, 4, 4, 4]
+    left_out = [read_tombstones(str(dataset), found) for found in shards]
+    assert left_out == [{0}, {1, 2}, set(), set(), set()]
     assert by_source["s"]["left_out.exact_duplicate"] == 3
