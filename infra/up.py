@@ -10,6 +10,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -21,6 +22,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 from dotenv import dotenv_values
 
@@ -62,10 +64,10 @@ class Service:
             return
         try:
             socket.create_server((HOST, port)).close()
-        except OSError:
+        except (OSError, OverflowError) as error:
             raise UserError(
-                f"port {port}, which {self.name} needs, is in use by another program: stop "
-                f"that, or choose another port with --{self.name}-port"
+                f"port {port}, which {self.name} needs, cannot be opened ({error}): stop the "
+                f"program that has it, or choose another port with --{self.name}-port"
             ) from None
 
     def up(self):
@@ -233,7 +235,7 @@ def pages_of_models(mlflow, secret):
     models = ask(f"{api}/registered-models/search?max_results=100", secret)
     for model in models.get("registered_models", []):
         for alias in model.get("aliases", []):
-            page = f"models/{model['name']}/versions/{alias['version']}"
+            page = f"models/{quote(model['name'], safe='')}/versions/{alias['version']}"
             yield f"{model['name']}@{alias['alias']}", page
     found = ask(f"{api}/experiments/search", secret, {"max_results": 100})
     for one in found.get("experiments", []):
@@ -300,7 +302,8 @@ def session_of(leader):
 
 
 def say(line):
-    sys.stdout.write(line + "\n")
+    """Print a line, without control characters: names of models are anybody's."""
+    sys.stdout.write(re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", "?", line) + "\n")
     sys.stdout.flush()
 
 
@@ -316,12 +319,12 @@ def main(arguments=None):
     parser.add_argument("what", choices=commands)
     parser.add_argument("--root", default=os.environ.get("EVACLIP_ROOT", "runs"))
     for name, (port, _) in SERVERS.items():
-        default = int(os.environ.get(f"EVACLIP_{name.upper()}_PORT", port))
+        default = os.environ.get(f"EVACLIP_{name.upper()}_PORT", str(port))
         parser.add_argument(f"--{name}-port", type=int, default=default)
     options = parser.parse_args(arguments)
     try:
         commands[options.what](options)
-    except UserError as error:
+    except (UserError, PermissionError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     except KeyboardInterrupt:

@@ -31,7 +31,9 @@ def test_a_port_in_use_is_one_sentence_and_nothing_is_started(
         options = ["--root", str(tmp_path), "--prefect-port", "0", "--mlflow-port", str(port)]
         assert up.main(["up", *options]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"port {port}, which mlflow needs, is in use") and said.count("\n") == 1
+    assert said.startswith(f"port {port}, which mlflow needs, cannot") and said.count("\n") == 1
+    assert up.main(["up", "--root", str(tmp_path), "--prefect-port", "99999"]) == 2
+    assert "port 99999, which prefect needs, cannot be opened" in capsys.readouterr().err
     assert list((tmp_path / "services").glob("*.log")) == []
 
 
