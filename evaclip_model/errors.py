@@ -5,8 +5,6 @@ import re
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Characters that move a terminal's cursor or turn the direction of text; not tab and line feed."""
-
-
 _MOST_CHARS = 8000
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from evaclip_model.errors import InputError
+from evaclip_model.files import refuse_special
 from evaclip_model.reading.urls import read_text
 from evaclip_model.weights.checkpoint_format import MANIFEST, list_checkpoints, stored_parameters
 from evaclip_model.weights.tensor_files import StoredTensor, read_safetensors, read_torch
@@ -59,6 +60,7 @@ def find_newest_deepspeed(folder: Path) -> Path | None:
 
 
 def _of_file(path: Path, allow_torchscript: bool) -> dict[str, StoredTensor]:
+    refuse_special(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist: give a .safetensors or .pt file of weights")
     if path.suffix == ".safetensors":

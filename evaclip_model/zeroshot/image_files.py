@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.files import replace_file, write_atomically
+from evaclip_model.files import refuse_special, replace_file, write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.transform import image_transform
@@ -36,6 +36,7 @@ class ImageFeatures:
 
 def image_files(source: Path) -> list[Path]:
     """A file itself, or the images below a folder, by path. Raises InputError: there are none."""
+    refuse_special(source)
     if source.is_file():
         return [source]
     if not source.is_dir():
@@ -43,6 +44,8 @@ def image_files(source: Path) -> list[Path]:
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise InputError(f"{source} has no images: expected {', '.join(IMAGE_SUFFIXES)} files")
+    for path in found:
+        refuse_special(path)
     return found
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.files import refuse_special
 from evaclip_model.reading.image_decoder import MAGIC_BYTES, MAX_BYTES, identify_format
 from evaclip_model.zeroshot.set_layout import is_system_file
 from tasks.evaluate.sets.convert.shard_writer import (
@@ -32,6 +33,7 @@ def walk_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     above = (*above, folder.resolve())
     for entry in sorted(folder.iterdir()):
         if not entry.is_dir():
+            refuse_special(entry)
             yield entry
         elif _is_visible(entry) and entry.resolve() not in above:
             yield from walk_files(entry, above)
@@ -137,6 +139,7 @@ class FileFinder:
         """The file called `name`; the path it should have where it is missing. Raises InputError:
         it leads out of the folder, or several files could be meant."""
         path = path_inside(self._folder, name, where)
+        refuse_special(path)
         if path.exists() or path.suffix.lower() in _KNOWN_SUFFIXES or os.sep in name:
             return path
         found = self._by_stem.get(path.name, [])
