@@ -264,7 +264,7 @@ def take_over(
 ) -> None:
     """Go on with a DeepSpeed training."""
     try:
-        settings = json.loads(job_file.read_text())
+        settings = json.loads(read_text(job_file))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{job_file} cannot be read as a training job ({error})") from None
 

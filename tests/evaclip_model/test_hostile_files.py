@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ import pytest
 import torch
 
 from evaclip_model import InputError, create_model, load_weights, open_model, save_model
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.weights.checkpoint_files import open_tensors
+from evaclip_model.zeroshot.image_files import image_files
+from evaclip_model.zeroshot.set_layout import read_lines
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +79,20 @@ def test_a_tensor_is_held_against_its_storage_and_an_archive_against_its_size(
             deflated.writestr(member, plain.read(member))
     with pytest.raises(InputError, match="compressed far beyond"):
         load_weights(model, tmp_path / "deflated.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("x.safetensors", lambda file: open_tensors(file, shapes={})),
+        ("x.index.json", lambda file: open_tensors(file, shapes={})),
+        ("x.json", ModelConfig.load),
+        ("x.txt", lambda file: read_lines(file, "names")),
+        ("x.jpg", image_files),
+        ("x.jpg", lambda file: image_files(file.parent)),
+    ],
+)
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str, use: Callable[[Path], Any]) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name} is a pipe, not a file"):
+        use(tmp_path / name)

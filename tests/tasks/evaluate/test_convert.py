@@ -125,6 +125,12 @@ def test_what_cannot_be_read_is_listed_and_left_out(birds: Path, tmp_path: Path)
     assert "s0000008" not in keys
 
 
+def test_a_pipe_among_pictures_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.jpg")
+    with pytest.raises(InputError, match=r"x\.jpg is a pipe, not a file"):
+        [*walk_files(tmp_path)]
+
+
 def test_a_set_of_nothing_is_refused(tmp_path: Path) -> None:
     def fail() -> Found:
         raise UnusableSourceError("is no image")
