@@ -271,7 +271,8 @@ def _search_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 
 def _get_version(client: MlflowClient, name: str, version: int) -> ModelVersion:
-    found = find_answer(client.get_model_version, name, str(version))
+    # a larger number is an error of SQLite's, not an answer
+    found = find_answer(client.get_model_version, name, str(min(version, 2**63 - 1)))
     if found is None:
         known = sorted(int(v.version) for v in _search_versions(client, name))
         versions = ", ".join(map(str, known)) or "none"

@@ -272,6 +272,12 @@ def test_a_version_of_another_tool_is_described_and_not_pulled(
     assert not (tmp_path / "pulled").exists()
 
 
+def test_a_version_of_a_number_that_no_database_has_is_one_sentence(store: TrackingStore) -> None:
+    assert carry_out(store, CONFIG, 1, FIRST)
+    with pytest.raises(InputError, match="'clip' has no version 99999999999999999999; there are"):
+        roll_back(store, "clip", "champion", 10**20 - 1, "Ada", "")
+
+
 def test_two_aliases_of_a_model_know_nothing_of_each_other(store: TrackingStore) -> None:
     other = RegisterConfig(model_name="clip", alias="europe")
     assert carry_out(store, CONFIG, 1, FIRST)
