@@ -1,7 +1,7 @@
 """`make check-infra`: everything of infra/ that runs without a cluster, and what it found.
 
 Covers: saying in one sentence what is missing, or installing it (`--install`, as root, by apt);
-one S3 server for all tests that want one.
+one S3 server for all tests that want one; a skipped test is a failure.
 Not here: the tests.
 """
 
@@ -13,14 +13,16 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from xml.etree import ElementTree
 
+from tests.infra.conftest import PROGRAMS as OF_DOCKER
 from tests.infra.servers import postgres_program, s3
-from tests.infra.slurm import PROGRAMS
+from tests.infra.slurm import PROGRAMS as OF_SLURM
 
 DEBIAN = {
     "postgresql": lambda: postgres_program("initdb") and shutil.which("psql"),
-    "slurmctld slurmd slurm-client munge": lambda: all(map(found, PROGRAMS)),
-    "docker.io debootstrap": lambda: found("dockerd") and found("debootstrap"),
+    "slurmctld slurmd slurm-client munge": lambda: all(map(found, OF_SLURM)),
+    "docker.io docker-compose debootstrap": lambda: all(map(found, OF_DOCKER)),
 }
 TESTS = (
     "tests/infra",
@@ -50,10 +52,13 @@ def main(arguments):
     started = time.monotonic()
     with TemporaryDirectory() as folder, s3(Path(folder) / "s3", *keys.values()) as url:
         env = {**os.environ, **keys, "EVACLIP_TEST_S3_URL": url, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-v", "-rP", "--tb=short", *TESTS]
-        ended = subprocess.run(command, cwd=CHECKOUT, env=env)
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-v", "-rPs", "--tb=short"]
+        command += [f"--junit-xml={report}", *TESTS]
+        status = subprocess.run(command, cwd=CHECKOUT, env=env).returncode
+        skipped = ElementTree.parse(report).getroot().findall(".//skipped")
     print(f"check-infra: {time.monotonic() - started:.0f} s")
-    return ended.returncode
+    return status or (stop(f"{len(skipped)} tests were skipped, see above") if skipped else 0)
 
 
 def found(program):

@@ -25,7 +25,7 @@ OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 @dataclass(frozen=True)
 class Site:
-    """Servers and workers of `infra/up.py`."""
+    """Servers and workers, of `infra/up.py` where nothing else is said."""
 
     root: Path
     prefect_port: int
@@ -68,13 +68,14 @@ class Site:
         return (self.root / "services" / "prefect-auth").read_text()
 
     @property
-    def _basic(self) -> str:
-        return base64.b64encode(self.secret.encode()).decode()
+    def mlflow_secret(self) -> str:
+        """USER:PASSWORD of MLflow."""
+        return self.secret
 
     @property
     def link(self) -> str:
         """To Prefect's UI, with the secret."""
-        return f"{self.prefect}/open.html#{self._basic}"
+        return f"{self.prefect}/open.html#{base64.b64encode(self.secret.encode()).decode()}"
 
     def link_to_mlflow(self, page: str) -> str:
         """To a page of MLflow's UI, with the secret."""
@@ -82,18 +83,11 @@ class Site:
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Prefect's answer."""
-        return self._ask(f"{self.prefect}/api/{path}", body)
+        return _ask(f"{self.prefect}/api/{path}", body, self.secret)
 
     def ask_mlflow(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """MLflow's answer."""
-        return self._ask(f"{self.mlflow}/api/2.0/mlflow/{path}", body)
-
-    def _ask(self, url: str, body: Mapping[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Basic {self._basic}"}
-        request = urllib.request.Request(url, data, headers)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+        return _ask(f"{self.mlflow}/api/2.0/mlflow/{path}", body, self.mlflow_secret)
 
     def start(self, flow: str, overrides: Sequence[str]) -> str:
         """Id of a new run of the flow's deployment, with the demo's recipe."""
@@ -113,6 +107,15 @@ class Site:
         """The state it ends in, or is in when the time is over."""
         wait_for(lambda: self.state(run_id) in OVER, timeout_s)
         return self.state(run_id)
+
+
+def _ask(url: str, body: Mapping[str, Any] | None, secret: str) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    basic = base64.b64encode(secret.encode()).decode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Basic {basic}"}
+    request = urllib.request.Request(url, data, headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
 
 
 @contextmanager

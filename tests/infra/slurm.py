@@ -50,7 +50,7 @@ class Slurm:
         return ended.stdout.strip()
 
     def job(self, number):
-        """What the controller knows of a job, ended ones too for five minutes."""
+        """What the controller knows of a job, ended ones too for an hour."""
         words = self.run("scontrol", "show", "job", "-o", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -95,6 +95,7 @@ SchedulerParameters=sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=30
+MinJobAge=3600
 ReturnToService=2
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} Gres=gpu:{gpus} State=UNKNOWN

@@ -67,8 +67,9 @@ def as_its_model_takes_it(document, model):
 def test_compose_files_follow_the_specification(name, tmp_path):
     from compose_spec import PyCompose
 
-    flat = tmp_path / name  # this reader knows no anchors
-    content = yaml.safe_load((INFRA / name).read_text())
+    flat = tmp_path / name  # this reader knows neither anchors nor variables
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (INFRA / name).read_text())
+    content = yaml.safe_load(text)
     content = {key: value for key, value in content.items() if not key.startswith("x-")}
     flat.write_text(yaml.dump(content, Dumper=WithoutAnchors))
     PyCompose.from_yaml(flat.read_text())
@@ -115,6 +116,15 @@ def test_compose_publishes_on_loopback_alone_and_holds_no_secret():
             assert not re.search(r"PASSWORD$|SECRET|TOKEN|AUTH_STRING", name), name
             assert not re.search(r"://[^/@]*:[^/@]*@", str(value)), name
         assert "stop_grace_period" in service or service["restart"] == "on-failure"
+
+
+def test_compose_builds_on_the_images_of_the_dockerfile_unless_others_are_named():
+    args = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]["prefect"]["build"][
+        "args"
+    ]
+    named = dict(re.findall(r"^ARG (\w+_IMAGE)=(\S+)$", (INFRA / "Dockerfile").read_text(), re.M))
+    assert {name: f"${{{name}:-{image}}}" for name, image in named.items()}.items() <= args.items()
+    assert len(named) == 2
 
 
 def test_secrets_are_made_once_and_reach_a_command_by_their_names(tmp_path):
@@ -191,8 +201,9 @@ def test_a_flow_run_of_the_kubernetes_pool_is_a_job_that_kubernetes_takes(tmp_pa
 
 
 def test_dockerfiles_scripts_and_yaml_pass_their_linters():
-    passes(TOOLS / "hadolint", INFRA / "Dockerfile")
-    passes(TOOLS / "shellcheck", INFRA / "with-secrets.sh")
+    images = Path(__file__).parent / "images"
+    passes(TOOLS / "hadolint", INFRA / "Dockerfile", images / "Dockerfile")
+    passes(TOOLS / "shellcheck", INFRA / "with-secrets.sh", *images.glob("*.sh"))
     sbatch = filled_in(INFRA / "slurm" / "train.sbatch")
     subprocess.run([TOOLS / "shellcheck", "-"], input=sbatch, text=True, check=True)
     rules = (

@@ -172,13 +172,13 @@ def test_pools_deployments_and_automations_are_applied_to_it(team):
     for _ in range(2):
         subprocess.run([sys.executable, "infra/apply.py"], env=env, check=True, capture_output=True)
     assert team.rows("prefect", "select count(*) from work_pool") == ["2"]
-    assert team.rows("prefect", "select count(*) from automation") == ["1"]
+    assert team.rows("prefect", "select count(*) from automation") == ["2"], "without webhooks"
 
 
 def test_the_doctor_finds_both_servers_well(team):
     ended = run(["doctor"], team.root, **team.settings)
     assert ended.status == 0, ended.output + ended.errors
-    for what in ("Prefect", "MLflow", "tracking", "clock"):
+    for what in ("Prefect", "MLflow", "tracking", "clock of Prefect", "clock of MLflow"):
         assert f"ok    {what}: " in ended.output, ended.output
     assert SECRET not in ended.output + ended.errors
 
