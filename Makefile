@@ -74,8 +74,8 @@ pictures: $(VENV)/.browser ## the same, and what was on the screen, reports too,
 test-crash-table: $(VENV)/.dev ## kill, cancel and cut off a training that a worker runs, in every way; what Prefect and MLflow show (20 min)
 	@PYTHONPATH=. $(PY) tests/faults/orchestration.py
 
-test-launch: $(VENV)/.dev ## kill -9 of every launcher, preempted Slurm jobs, MLflow away for a while (5 min)
-	@$(PY) -m pytest -m slow tests/tasks/train tests/tasks/lineage
+test-launch: $(VENV)/.dev ## kill -9 of every launcher, preempted Slurm jobs, ranks that embed, MLflow away for a while (6 min)
+	@$(PY) -m pytest -m slow tests/tasks/train tests/tasks/lineage tests/tasks/embed
 
 test-retrain: $(VENV)/.dev ## three weeks of retraining with kill -9, link rot, a takedown and a bad week; approval by a person (5 min)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/flows/test_retrain.py tests/flows/test_approval.py
@@ -167,6 +167,12 @@ bench-eval: $(VENV)/.dev ## text classifiers and a whole evaluation beside open_
 
 bench-probe: $(VENV)/.dev ## linear probe and kNN beside scikit-learn's and clip_benchmark's, on the same features (1 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_probe.py
+
+bench-embed: $(VENV)/.dev ## features of shards a CPU second beside clip-retrieval's inference, where PEER=PYTHON has it; killed, shared: same bytes (20 min)
+	@PYTHONPATH=. $(PY) tests/benchmarks/bench_embed.py --peer "$(PEER)"
+
+bench-noise: $(VENV)/.dev ## what keep_share finds of shuffled captions, and what that is worth, three seeds; IMAGES=6000 SAMPLES=30208 for a tenth (2 h)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_noise.py --images $(or $(IMAGES),60000) --samples $(or $(SAMPLES),120064)
 
 interval-table: $(VENV)/.dev ## how often the intervals of figures hold the truth, by simulation, as the table of docs/evaluate.md (3 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/interval_coverage.py

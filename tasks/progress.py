@@ -1,5 +1,6 @@
-"""The callback by which a stage reports its progress, and sizes as text."""
+"""The callback by which a stage reports its progress; sizes and times as text."""
 
+import time
 from typing import Protocol
 
 
@@ -19,3 +20,10 @@ def format_bytes(number: float) -> str:
         if number >= size:
             return f"{number / size:,.1f} {unit}"
     return f"{number / 1e6:,.0f} MB" if number >= 1e6 else f"{number / 1e3:,.0f} kB"
+
+
+def format_duration(seconds: float) -> str:
+    """`3d 04:05:06`, without the days when there is none."""
+    days, rest = divmod(int(seconds), 86_400)
+    clock = time.strftime("%H:%M:%S", time.gmtime(rest))
+    return f"{days}d {clock}" if days else clock

@@ -85,7 +85,7 @@ def _choose_artifacts(root: Path, model: str) -> tuple[list[Artifact], str]:
 
 def _encode_query(spec: str, text: str, image: Path | None) -> Vector:
     from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
-    from tasks.encoders.encode_chunks import embed_images, embed_texts
+    from evaclip_model.zeroshot.encode_chunks import embed_images, embed_texts
     from tasks.encoders.open_models import open_subject
 
     subject = open_subject(spec)

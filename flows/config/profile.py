@@ -13,10 +13,10 @@ from evaclip_model.config import explain_error
 from evaclip_model.errors import InputError
 from tasks.download.config import Distributor
 from tasks.evaluate.config import EvaluationMachine
+from tasks.process.launch import RankLaunch, count_gpus
 from tasks.register.config import COPIED, LargeWeights
 from tasks.tracking import TrackingStore
 from tasks.train.config import Launch
-from tasks.train.launch import count_gpus
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """A path that begins so is a URL whose double slash became one when it was read as a path."""
@@ -46,8 +46,14 @@ class Profile(BaseSettings, Launch):
     download_distributor: Distributor = "multiprocessing"
     """What starts downloader processes: `multiprocessing`, or `pyspark` or `ray` over machines."""
 
+    evaluate_here: bool = False
+    """Whether embedding and evaluation run on this machine, whatever starts training."""
     evaluate_ranks: int = Field(0, ge=0)
-    """Processes that encode for an evaluation; 0: one a GPU, or one on the CPU."""
+    """Processes of a machine that encode for them; 0: one a GPU, or one on the CPU; on other
+    machines `ranks`."""
+    evaluate_gpus: int | None = Field(None, ge=0)
+    """GPUs of each machine for them, 0: none; unset: those of this machine, elsewhere one a rank.
+    """
     evaluate_workers: int | None = Field(None, ge=0)
     """Decoding threads of each; unset: the cores that its GPU leaves."""
     evaluate_cache_gb: float = Field(20.0, ge=0)
@@ -69,12 +75,20 @@ class Profile(BaseSettings, Launch):
 
     @property
     def machine(self) -> EvaluationMachine:
+        """The machines that encode, for embedding and evaluation."""
+        ranks = self.evaluate_ranks or self.ranks
+        launch = (
+            RankLaunch() if self.evaluate_here else self.launch.model_copy(update={"ranks": ranks})
+        )
+        elsewhere = 0 if launch.is_local else launch.ranks
+        gpus = elsewhere or count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
         return EvaluationMachine(
             ranks=self.evaluate_ranks,
             workers=self.evaluate_workers,
             cache=self.root.resolve() / "cache" / "evaluate",
             cache_gb=self.evaluate_cache_gb,
-            gpus=count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")),
+            gpus=gpus if self.evaluate_gpus is None else self.evaluate_gpus,
+            launch=launch,
         )
 
     @property

@@ -398,6 +398,8 @@ def embed_step(site: Site, config: EmbedConfig, spec: str, verified: Step | Arti
             *(verified.folder, out, report),
             ranks=machine.rank_count,
             device=machine.device,
+            workers=machine.workers,
+            launch=machine.launch,
         )
 
     inputs: dict[str, Input] = {Role.DATA: verified, Role.SUBJECT: mark}

@@ -28,10 +28,10 @@ from flows.config.profile import Profile
 from flows.config.recipe import Recipe
 from flows.planning.run_plan import Finding, ask_driver
 from tasks.artifacts.artifact import sha256_of
+from tasks.process.cluster import CLUSTERS
+from tasks.process.launch import count_gpus, read_hostfile
 from tasks.redact import redact_text
 from tasks.tracking import TrackingStore
-from tasks.train.cluster import CLUSTERS
-from tasks.train.launch import count_gpus, read_hostfile
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"

@@ -26,8 +26,8 @@ from flows.graph.step import Step, finished_artifact
 from flows.planning.recipe_cost import GIB, cut_share, reader_bytes
 from flows.reporting.terminal import summarise_counts
 from tasks.artifacts.artifact import Role
+from tasks.process.launch import count_gpus, default_ranks
 from tasks.progress import format_bytes, report_nothing
-from tasks.train.launch import count_gpus, default_ranks
 
 SMALL_BYTES = 50_000_000  # reports, databases, what else a run leaves
 Level = Literal["ok", "warn", "fail"]

@@ -5,9 +5,11 @@ Not here: encoding a shard (embed_shard.py); what scores decide (tasks/dataset).
 """
 
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,9 @@ from tasks.artifacts.artifact import Made
 from tasks.embed.config import FEATURES, EmbedConfig
 from tasks.embed.embed_shard import EmbedJob
 from tasks.index.sample_index import ShardVerdict, read_verdicts
-from tasks.process.ranks import run_ranks
-from tasks.progress import Report
+from tasks.process.launch import RankLaunch
+from tasks.process.ranks import RankState, run_ranks
+from tasks.progress import Report, format_duration
 
 REPORT = "report.json"
 BINS = 40
@@ -40,19 +43,23 @@ def embed_samples(
     *,
     ranks: int = 1,
     device: str = "cpu",
+    workers: int | None = None,
+    launch: RankLaunch | None = None,
 ) -> Made:
     """Encode image and caption of every sample that a verification found usable.
 
-    The report calls the model `name`, also one that lies elsewhere; `ranks` processes take missing
-    shards in turn and change no byte of the result. InputError: the model cannot be opened, its
-    features are not finite, a shard changed, or the ranks die again and again."""
+    The report calls the model `name`, also one that lies elsewhere. `ranks` processes, each with so
+    many `workers` that decode, or those of a `launch` over machines take missing shards in turn and
+    change no byte of the result: who writes a shard judges it, here they are counted. InputError:
+    the model cannot be opened, its features are not finite, a shard changed, or the ranks die again
+    and again."""
     verdicts = read_verdicts(verified)
     used = [number for number, verdict in enumerate(verdicts) if verdict.shard is not None]
     folder = out / FEATURES
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(verdicts[number].stored for number in used)
     idle, before = 0, -1
-    while missing := [number for number in used if not shard_file(folder, number).exists()]:
+    while missing := sorted(set(used) - _list_finished(folder)):
         idle = idle + 1 if len(missing) == before else 0
         if idle > MAX_IDLE_STARTS:
             raise InputError(f"the ranks ended {idle} times without another shard; see {out}/*.log")
@@ -64,9 +71,18 @@ def embed_samples(
             verified=verified.resolve(),
             folder=folder.resolve(),
             shards=tuple(missing),
-            ranks=min(ranks, len(missing)),
+            workers=workers,
         )
-        _run_ranks(job, out, verdicts, total, report)
+        left = sum(verdicts[number].stored for number in missing)
+        progress = _RankProgress(total - left, total, report)
+        path = out / "job.json"
+        write_atomically(path, job.model_dump_json())
+        reads = (verified.resolve(), Path(model).resolve())
+        share = min(ranks, len(missing))
+        try:
+            run_ranks("tasks.embed.embed_shard", path, share, progress.look, launch, reads)
+        finally:
+            path.unlink()  # tells other machines that it is over
     files = [shard_file(folder, number) for number in used]
     counts = _write_report(name, files, [verdicts[number] for number in used], out / REPORT)
     return Made(counts, (out / REPORT, *files))
@@ -74,6 +90,11 @@ def embed_samples(
 
 def shard_file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.parquet"
+
+
+def _list_finished(folder: Path) -> set[int]:
+    names = (name.partition(".") for name in os.listdir(folder))
+    return {int(number) for number, _, end in names if end == "parquet" and number}
 
 
 def read_scores(parts: Sequence[tuple[Path, Path]]) -> npt.NDArray[np.float32]:
@@ -91,25 +112,26 @@ def read_scores(parts: Sequence[tuple[Path, Path]]) -> npt.NDArray[np.float32]:
     return np.concatenate(found)
 
 
-def _run_ranks(
-    job: EmbedJob, out: Path, verdicts: Sequence[ShardVerdict], total: int, report: Report
-) -> None:
-    """Run all ranks once, whether they succeed or fail."""
-    path = out / "job.json"
-    write_atomically(path, job.model_dump_json())
-    left = set(job.shards)
-    done = total - sum(verdicts[number].stored for number in left)
-    before, begin_s = done, time.monotonic()
+@dataclass
+class _RankProgress:
+    """The samples that the ranks of one start have done, for a person; `before` were already."""
 
-    def watch() -> None:
-        nonlocal done
-        for number in [one for one in left if shard_file(job.folder, one).exists()]:
-            left.remove(number)
-            done += verdicts[number].stored
-        speed = (done - before) / max(time.monotonic() - begin_s, 1e-9)
-        report(done, total, f"{speed:,.0f} samples a second")
+    before: int
+    total: int
+    report: Report
+    begin_s: float | None = None
 
-    run_ranks("tasks.embed.embed_shard", path, job.ranks, watch)
+    def look(self, states: Sequence[RankState]) -> None:
+        now, done = time.monotonic(), sum(one.done for one in states)
+        if self.begin_s is None:  # their models are opened first
+            self.begin_s = now if states else None
+        elif done:
+            speed = done / max(now - self.begin_s, 1e-9)
+            shares = [one.share_of_peak for one in states if one.share_of_peak is not None]
+            peak = f"  MFU {sum(shares) / len(shares):.0%}" if shares else ""
+            left_s = max(0, self.total - self.before - done) / speed
+            said = f"{speed:,.0f} images/s{peak}  {format_duration(left_s)} left"
+            self.report(min(self.before + done, self.total), self.total, said)
 
 
 def _write_report(

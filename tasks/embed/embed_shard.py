@@ -1,15 +1,18 @@
 """One rank of the stage: encode the samples of each `ranks`-th missing shard, and write a file a
-shard beside its place: `python -m tasks.embed.embed_shard JOB.json RANK`.
+shard beside its place: `python -m tasks.embed.embed_shard JOB.json`.
 
-The model sees chunks of one size (tasks/encoders/encode_chunks.py), so that a feature
+The model sees chunks of one size (evaclip_model/zeroshot/encode_chunks.py), so that a feature
 depends on its sample alone, whatever rank made it. Images are decoded as for an evaluation.
 """
 
 import sys
-from contextlib import closing
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -20,10 +23,24 @@ from evaclip_model.config import Config
 from evaclip_model.files import replace_file
 from evaclip_model.reading.image_decoder import decode_image
 from evaclip_model.reading.shard_store import ShardStore
-from tasks.encoders.encode_chunks import IMAGE_CHUNK, embed_images, embed_texts
-from tasks.encoders.open_models import Subject, open_subject
+from evaclip_model.training.cost import (
+    PACKED_TEXT_TOKENS,
+    image_flops,
+    peak_flops,
+    text_flops,
+)
+from evaclip_model.zeroshot.embed_files import feature_columns
+from evaclip_model.zeroshot.encode_chunks import (
+    IMAGE_CHUNK,
+    EvaSubject,
+    Subject,
+    embed_images,
+    embed_texts,
+    exact_arithmetic,
+)
+from tasks.encoders.open_models import count_workers, device_of, open_subject
 from tasks.index.sample_index import SampleIndex, ShardVerdict, read_verdicts
-from tasks.process.ranks import run_share
+from tasks.process.ranks import RankState, run_share, say_state
 
 READ_AT_ONCE = 16 * IMAGE_CHUNK
 """Samples in memory at the same time."""
@@ -40,28 +57,68 @@ class EmbedJob(Config):
     verified: Path
     folder: Path
     shards: tuple[int, ...]
-    ranks: int
+    workers: int | None
+    """Decoding threads of each rank; None: the cores that its machine's GPUs leave."""
 
 
-def embed_share(job: EmbedJob, rank: int) -> None:
-    """Encode this rank's shards; InputError if the model cannot be opened, its features are not
-    finite, or a shard changed."""
-    torch.set_num_threads(1)
-    subject = open_subject(job.model, device=job.device, precision=job.precision)
-    verdicts = read_verdicts(job.verified)
-    index = SampleIndex(job.verified)
+def embed_share(
+    job: EmbedJob, rank: int, ranks: int, say: Callable[[RankState], None] = lambda said: None
+) -> None:
+    """Encode this rank's shards, and `say` how far that is; InputError if the model cannot be
+    opened, its features are not finite, or a shard changed."""
+    mine, done = job.shards[rank::ranks], 0
+    if not mine:
+        return
+    device, workers = device_of(job.device, rank), count_workers(job.workers, job.device)
+    verdicts, index = read_verdicts(job.verified), SampleIndex(job.verified)
     cache = job.folder.parent / f".cache-{rank}"
-    with closing(ShardStore(str(job.verified), cache, CACHE_BYTES)) as store:
-        for number in job.shards[rank :: job.ranks]:
-            table = _embed_shard(subject, store, index, number, verdicts[number])
+    with (
+        exact_arithmetic(job.device),
+        ThreadPoolExecutor(workers, "decode") if workers else nullcontext() as pool,
+        closing(ShardStore(str(job.verified), cache, CACHE_BYTES)) as store,
+    ):
+        subject = open_subject(job.model, device=device, precision=job.precision)
+        least_s, begin_s = seconds_at_peak(subject, device), time.monotonic()
+        say(RankState())
+
+        def count(samples: int) -> None:
+            nonlocal done
+            done += samples
+            share = done * least_s / (time.monotonic() - begin_s) if least_s else None
+            say(RankState(done=done, share_of_peak=share))
+
+        for number in mine:
+            table = _embed_shard(subject, store, index, number, verdicts[number], pool, count)
             with replace_file(job.folder / f"{number:06d}.parquet") as beside:
                 pq.write_table(table, beside, compression="zstd")
 
 
+def seconds_at_peak(subject: Subject, device: str) -> float | None:
+    """Seconds that a pair would take if the device computed at the speed that its maker states, as
+    training's MFU is meant; None where that is not known: of CPUs, and of other libraries' models.
+    """
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device != "cpu" else None
+    if peak is None or not isinstance(subject, EvaSubject):
+        return None
+    flops = image_flops(subject.config) + text_flops(subject.config, PACKED_TEXT_TOKENS)
+    return flops / peak
+
+
 def _embed_shard(
-    subject: Subject, store: ShardStore, index: SampleIndex, number: int, verdict: ShardVerdict
+    subject: Subject,
+    store: ShardStore,
+    index: SampleIndex,
+    number: int,
+    verdict: ShardVerdict,
+    pool: Executor | None,
+    count: Callable[[int], None],
 ) -> pa.Table:
-    """The features of a shard's usable samples, in stored order."""
+    """The features of a shard's usable samples, in stored order; `count` is told of each batch of
+    stored ones."""
+
+    def load(image: bytes | memoryview) -> Tensor:
+        return subject.transform(decode_image(image))
+
     assert verdict.shard is not None
     known = index.rows_of_shard(number, "place", "uid", "flaw")
     usable = known.filter(known["flaw"].is_null())
@@ -71,31 +128,19 @@ def _embed_shard(
         for start in range(0, verdict.stored, READ_AT_ONCE):
             read = enumerate(reader.read(start, start + READ_AT_ONCE), start)
             if pairs := [pair for place, pair in read if place in wanted]:
-                pixels = (subject.transform(decode_image(pair.image)) for pair in pairs)
-                images.append(embed_images(subject, pixels))
+                decoded = (pool.map if pool else map)(load, [pair.image for pair in pairs])
+                images.append(embed_images(subject, decoded))
                 texts.append(embed_texts(subject, [pair.caption for pair in pairs]))
-    image, text = torch.cat(images), torch.cat(texts)
-    similarity = (image * text).sum(dim=1)
-    return pa.table(
-        {
-            "place": pa.array(places, pa.int32()),
-            "uid": usable["uid"],
-            "image": _halves(image),
-            "text": _halves(text),
-            "similarity": pa.array(similarity.numpy(), pa.float32()),
-        }
-    )
+            count(min(READ_AT_ONCE, verdict.stored - start))
+    found = feature_columns(torch.cat(images), torch.cat(texts))
+    return pa.table({"place": pa.array(places, pa.int32()), "uid": usable["uid"], **found})
 
 
-def _halves(features: Tensor) -> pa.FixedSizeListArray:
-    """Features [N, D] as a column of float16 lists."""
-    flat = pa.array(features.numpy().astype(np.float16).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
+def share_job(path: Path, rank: int, ranks: int) -> None:
+    """Do a rank's share of the job in a file."""
+    job = EmbedJob.model_validate_json(path.read_bytes())
+    embed_share(job, rank, ranks, partial(say_state, path, rank))
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_share(
-            lambda path, rank: embed_share(EmbedJob.model_validate_json(path.read_text()), rank)
-        )
-    )
+    sys.exit(run_share(share_job))

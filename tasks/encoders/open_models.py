@@ -9,14 +9,15 @@ transformers:FOLDER        a CLIP or SigLIP as its library saves them, or ORG/NA
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import socket
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,14 +29,13 @@ from evaclip_model.config import Config
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
-from evaclip_model.model.layers import DTYPES
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, list_models
-from evaclip_model.reading.transform import describe_preprocessing, image_transform
-from evaclip_model.tokenizer.tokenizer import PAD_TOKEN, tokenize
+from evaclip_model.reading.transform import describe_preprocessing
 from evaclip_model.training.cost import image_flops
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
 from evaclip_model.weights.load import PREPROCESSING_FILE
 from evaclip_model.weights.name_maps import native_names
+from evaclip_model.zeroshot.encode_chunks import EvaSubject, Subject
 from tasks.artifacts.artifact import DIGEST_CHARS, sha256_of
 
 OPEN_CLIP = "open_clip:"
@@ -73,30 +73,6 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
 
 
-class Subject(Protocol):
-    """An open model; its features are not normalised."""
-
-    @property
-    def transform(self) -> Callable[[Image.Image], Tensor]:
-        """An image of any size and mode to [3, S, S] float32."""
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Images [B, 3, S, S] to features [B, D]."""
-
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Texts to ids [N, L], L the whole context."""
-
-    def find_cut(self, texts: Sequence[str]) -> Tensor:
-        """True where a text [N] is longer than the context, so that its end is lost."""
-
-    def count_ids(self, tokens: Tensor) -> Tensor:
-        """Number of ids of each text [N, L] that decide its feature [N]: up to the end token in a
-        causal tower, all of them in any other."""
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Ids [B, L'], cut to any length of at least `count_ids`, to features [B, D]."""
-
-
 @dataclass(frozen=True)
 class Library:
     """A library whose models are evaluated, as they are named behind its prefix."""
@@ -131,7 +107,27 @@ def open_subject(spec: str, *, device: str = "cpu", precision: Precision = "fp32
         if architecture
         else open_model(path, precision=precision)
     )
-    return _EvaSubject(model.eval().to(device), DTYPES[precision])
+    return EvaSubject(model.eval().to(device))
+
+
+def device_of(device: str, rank: int) -> str:
+    """The device of a rank, of those of its machine. InputError: it has none of that kind."""
+    if device != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"{socket.gethostname()} has no GPU that torch can use: set EVACLIP_EVALUATE_GPUS=0 "
+            "to encode on CPUs"
+        )
+    return f"cuda:{rank % torch.cuda.device_count()}"
+
+
+def count_workers(workers: int | None, device: str) -> int:
+    """Threads of a rank that decode: as many as are set, or the cores that its machine's GPUs
+    leave; a rank on a CPU, which has one core, decodes by itself."""
+    if workers is not None or device == "cpu":
+        return workers or 0
+    return max(1, len(os.sched_getaffinity(0)) // torch.cuda.device_count() - 1)
 
 
 def files_of(spec: str) -> list[Path]:
@@ -213,28 +209,6 @@ def architecture_name(config: ModelConfig) -> str:
         if shipped.vision.patch_px == config.vision.patch_px and shipped.at_image_px(px) == config:
             return f"{name} at {px} px"
     return f"own architecture at {px} px"
-
-
-class _EvaSubject:
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self._model, self._dtype, self._device = model, dtype, model.logit_scale.device
-        self._context = model.config.text.context_length
-        self.transform = image_transform(model)
-        self.tokenize = partial(tokenize, context_length=self._context)
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        features: Tensor = self._model.encode_image(pixels.to(self._device, self._dtype))
-        return features
-
-    def find_cut(self, texts: Sequence[str]) -> Tensor:
-        return tokenize(texts, self._context + 1)[:, -1] != PAD_TOKEN
-
-    def count_ids(self, tokens: Tensor) -> Tensor:
-        return tokens.argmax(dim=1) + 1  # the end token has the largest id
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        features: Tensor = self._model.encode_text(tokens)
-        return features
 
 
 def _identify_uncached(spec: str) -> Identity:

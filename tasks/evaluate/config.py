@@ -1,6 +1,5 @@
 """The `[evaluate]` table of a recipe: the sets, their prompts, the precision. No torch here."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -20,6 +19,7 @@ from tasks.evaluate.sets.set_registry import (
     nearest_set,
     sets_of_group,
 )
+from tasks.process.launch import RankLaunch
 
 STAGE = Stage("evaluate", 2, tools=("torch", "pillow", "numpy", "ftfy"))
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -218,18 +218,13 @@ class EvaluationMachine(Config):
     cache_gb: float = Field(20.0, ge=0)
     """Most that is kept there, in GB; the least recently used features go first."""
     gpus: int = Field(0, ge=0)
-    """GPUs of this machine; 0: the CPU does everything."""
+    """GPUs of each machine; 0: CPUs do everything."""
+    launch: RankLaunch = RankLaunch()
+    """What starts ranks on other machines, if it does; they are then as many as it says."""
 
     @property
     def rank_count(self) -> int:
         return self.ranks or self.gpus or 1
-
-    @property
-    def worker_count(self) -> int:
-        if self.workers is not None:
-            return self.workers
-        cores = len(os.sched_getaffinity(0))
-        return max(1, cores // self.rank_count - 1) if self.gpus else 0
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:

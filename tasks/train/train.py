@@ -1,24 +1,21 @@
 """Training one stage in processes of its own, followed through its folder; trying a stage out.
 
-Not here: the training itself (evaclip_model/training/worker.py); what starts ranks (launch.py,
-cluster.py).
+Not here: the training itself (evaclip_model/training/worker.py); what starts ranks
+(tasks/process).
 """
 
 import json
 import os
-import shutil
-import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from evaclip_model.errors import InputError, escape_control
 from evaclip_model.files import write_atomically
-from evaclip_model.ports import find_free_port
 from evaclip_model.reading.samples import ShardManifest
 from evaclip_model.training.config import (
     DRY_RUN_FILE,
@@ -35,20 +32,18 @@ from evaclip_model.training.config import (
 )
 from tasks.artifacts.artifact import Made
 from tasks.process.child import run_supervised
-from tasks.progress import Report
-from tasks.train.cluster import CLUSTERS, Kind, job_name, job_script
-from tasks.train.config import Launch
-from tasks.train.launch import (
+from tasks.process.cluster import Program, job_name
+from tasks.process.launch import (
+    WORKER,
     count_gpus,
-    deepspeed_command,
     default_ranks,
     default_read_workers,
-    external_command,
-    join_script,
     rank_environment,
     read_hostfile,
-    torchrun_command,
+    start_command,
 )
+from tasks.progress import Report, format_duration
+from tasks.train.config import Launch
 
 RATE_STEPS = 20
 """Steps that speeds are means of."""
@@ -59,8 +54,6 @@ GRACE_S = 20.0
 """Time for the ranks to save a checkpoint between SIGTERM and SIGKILL."""
 MAX_IDLE_RESTARTS = 2
 """Restarts in a row without a single new step before a run is given up on."""
-CLUSTER_LOOK_S = 10.0
-"""Between two questions to the cluster."""
 _LOG_TAIL = 2000
 
 
@@ -123,13 +116,6 @@ def list_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if 2 * count > len(rows):
         found.append(f"rank {rank} keeps the others waiting")
     return found
-
-
-def format_duration(seconds: float) -> str:
-    """`3d 04:05:06`, without the days when there is none."""
-    days, rest = divmod(int(seconds), 86_400)
-    clock = time.strftime("%H:%M:%S", time.gmtime(rest))
-    return f"{days}d {clock}" if days else clock
 
 
 def last_rows(metrics: Path, count: int) -> list[dict[str, Any]]:
@@ -285,7 +271,7 @@ def _start_ranks(
     with TemporaryDirectory(prefix="evaclip-ranks-") as private:
         env = rank_environment(os.environ, here.ranks, here.cores, Path(private) / "store")
         status = run_supervised(
-            starter_command(launch, job, inputs, here.ranks),
+            start_command(launch, trainer_program(job, inputs), here.ranks),
             log=out / LOG_FILE,
             grace_s=GRACE_S,
             env=env if here.is_alone else os.environ,
@@ -295,6 +281,14 @@ def _start_ranks(
     if (out / ERROR_FILE).is_file():
         raise InputError(f"training stage '{config.name}': {_read_text(out / ERROR_FILE)}")
     return status
+
+
+def trainer_program(job: Path, inputs: Inputs) -> Program:
+    """The program of the ranks of a training."""
+    reads = (inputs.start_from.resolve(), inputs.shards.resolve())
+    ends = (job.with_name(name) for name in (RESULT_FILE, ERROR_FILE))
+    over = " || ".join(f"[ -e {quote(str(end))} ]" for end in ends)
+    return Program(WORKER, job, job.with_name(LOG_FILE), reads, over)
 
 
 class _ThisMachine(NamedTuple):
@@ -338,55 +332,6 @@ def _make_job(
         run_dir=out,
         **{**fitting, **{name: value for name, value in chosen.items() if value is not None}},
     )
-
-
-def starter_command(launch: Launch, job: Path, inputs: Inputs, ranks: int) -> list[str]:
-    """The command that starts ranks and ends when they do; files that it needs are written.
-    InputError: a program, the hostfile or the job template is missing or wrong."""
-    match launch.launcher:
-        case "auto" | "torchrun":
-            words = torchrun_command(job, launch, ranks)
-            if launch.nodes > 1:
-                write_atomically(job.parent / "join.sh", join_script(words, job.parent))
-            return words
-        case "external":
-            words = external_command(job, launch)
-            _require_program("external", words[0])
-            return words
-        case "deepspeed":
-            assert launch.hostfile is not None, "Launch refuses it"
-            hosts = read_hostfile(launch.hostfile)
-            if len(hosts) > 1:
-                _require_program("deepspeed", "pdsh")
-            return deepspeed_command(job, launch.hostfile, hosts, find_free_port())
-        case "slurm" | "kubernetes" as kind:
-            return _submission_command(kind, launch, job, inputs)
-
-
-def _submission_command(kind: Kind, launch: Launch, job: Path, inputs: Inputs) -> list[str]:
-    cluster = CLUSTERS[kind]
-    for tool in sorted(cluster.tools):
-        _require_program(kind, tool)
-    text = job_script(
-        launch.job_template or cluster.template,
-        job=job,
-        reads=(inputs.start_from.resolve(), inputs.shards.resolve()),
-        log=job.parent / LOG_FILE,
-        ranks=launch.ranks,
-        nodes=launch.nodes,
-    )
-    script, name = job.parent / cluster.script, job_name(job.parent)
-    write_atomically(script, text)
-    submit = [sys.executable, "-m", "tasks.train.cluster"]
-    return [*submit, kind, str(script), name, str(CLUSTER_LOOK_S)]
-
-
-def _require_program(launcher: str, program: str) -> None:
-    if shutil.which(program) is None:
-        raise InputError(
-            f"EVACLIP_LAUNCHER={launcher} needs the program '{program}', which is not on the PATH: "
-            "install it, or choose another launcher"
-        )
 
 
 def _read_text(path: Path) -> str:

@@ -50,6 +50,22 @@ def test_what_starts_training_is_read_from_the_environment(profile_of):
 
 def test_without_settings_this_machine_is_used(profile_of):
     assert profile_of().launch == Launch()
+    assert profile_of().machine.launch.is_local
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (False, 8, 4, "cuda")),
+        ({"evaluate_ranks": "6"}, (False, 6, 4, "cuda")),
+        ({"evaluate_gpus": "0"}, (False, 8, 4, "cpu")),
+        ({"evaluate_here": "true", "evaluate_gpus": "2"}, (True, 0, 1, "cuda")),
+    ],
+)
+def test_what_encodes_starts_as_training_does_unless_it_stays_here(profile_of, settings, expected):
+    machine = profile_of(launcher="slurm", ranks="8", nodes="4", **settings).machine
+    launch = machine.launch
+    assert (launch.is_local, launch.ranks, launch.nodes, machine.device) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from flows.config.profile import Profile
-from tasks.train.cluster import job_name, job_script
-from tasks.train.launch import read_hostfile
+from tasks.process.cluster import Program, job_name, job_script
+from tasks.process.launch import WORKER, read_hostfile
 
 INFRA = Path(__file__).parents[2] / "infra"
 KUBERNETES = INFRA / "kubernetes"
@@ -35,8 +35,8 @@ def filled_in(template):
     """A job of four machines with eight ranks each."""
     run = Path("/runs/train/0a1b2c")
     reads = (Path("/runs/initialise/3d/model"), Path("/runs/dataset/4e/shards.json"))
-    places = {"job": run / "train.json", "reads": reads, "log": run / "train.log"}
-    return job_script(template, **places, ranks=8, nodes=4)
+    program = Program(WORKER, run / "train.json", run / "train.log", reads)
+    return job_script(template, program, ranks=8, nodes=4)
 
 
 def as_kubernetes_takes_it(document, tmp_path):

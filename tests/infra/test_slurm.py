@@ -7,7 +7,8 @@ import subprocess
 import pytest
 
 from evaclip_model.training.config import RESULT_FILE
-from tasks.train.cluster import CLUSTERS, job_script
+from tasks.process.cluster import CLUSTERS, Program, job_script
+from tasks.process.launch import WORKER
 from tests.infra.slurm import Slurm
 from tests.tasks.train.conftest import data  # noqa: F401
 from tests.tasks.train.stage import STEPS, processes_of, train
@@ -30,7 +31,7 @@ def slurm(tmp_path_factory):
 def settings(monkeypatch):
     for name, value in {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("tasks.train.train.CLUSTER_LOOK_S", 0.5)
+    monkeypatch.setattr("tasks.process.launch.CLUSTER_LOOK_S", 0.5)
 
 
 def rows_of(run):
@@ -43,8 +44,8 @@ def test_the_templates_job_is_one_that_slurm_takes_or_refuses_with_its_reason(sl
     asked = {}
     for ranks in (2, 99):
         script = out / f"{ranks}.sbatch"
-        places = {"job": out / "train.json", "reads": (out,), "log": out / "train.log"}
-        script.write_text(job_script(CLUSTERS["slurm"].template, **places, ranks=ranks, nodes=1))
+        program = Program(WORKER, out / "train.json", out / "train.log", (out,))
+        script.write_text(job_script(CLUSTERS["slurm"].template, program, ranks=ranks, nodes=1))
         words = ["sbatch", "--test-only", script]
         asked[ranks] = subprocess.run(words, capture_output=True, text=True)
     assert asked[2].returncode == 0 and "to start at" in asked[2].stderr

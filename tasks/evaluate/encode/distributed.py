@@ -1,11 +1,11 @@
 """Compute every feature that an evaluation needs: list the missing ones and run the ranks.
 
 One rank without a GPU works in this process; several, or any on a GPU, are processes of their own
-under supervision, so that nothing of them outlives the evaluation.
+under supervision, here or by the launcher of trainings, so that none outlives the evaluation.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -29,13 +29,10 @@ from tasks.evaluate.encode.encode_worker import (
     ImageList,
     ImageWork,
     ModelWork,
-    Progress,
-    RankState,
     do_share,
-    rank_file,
 )
 from tasks.evaluate.sets.published_layout import EvalSet
-from tasks.process.ranks import run_ranks
+from tasks.process.ranks import RankState, run_ranks
 from tasks.progress import Report
 
 MAX_IDLE_STARTS = 2
@@ -79,8 +76,7 @@ class Features:
             before = left
             job = EncodeJob(
                 models=tuple(models),
-                ranks=min(self.machine.rank_count, max(map(_count_blocks, models))),
-                workers=self.machine.worker_count,
+                workers=self.machine.workers,
                 device=self.machine.device,
                 precision=self.precision,
             )
@@ -88,9 +84,33 @@ class Features:
             def progress(done: int, detail: str, before: int = total - left) -> None:
                 report(min(before + done, total), total, detail)
 
-            self.failed.update(_run_ranks(job, folder, progress))
+            ranks = min(self.machine.rank_count, max(map(_count_blocks, models)))
+            self._run_ranks(job, folder, ranks, progress)
         shutil.rmtree(folder)
         report(total, total)
+
+    def _run_ranks(
+        self, job: EncodeJob, folder: Path, ranks: int, progress: Callable[[int, str], None]
+    ) -> None:
+        """Run all ranks once, whether they succeed or fail; add sets that cannot be evaluated."""
+        launch = self.machine.launch
+
+        def watch(states: Sequence[RankState]) -> None:
+            progress(sum(one.done for one in states), states[0].detail if states else "")
+            for one in states:
+                self.failed.update(one.failed)
+
+        if ranks == 1 and job.device == "cpu" and launch.is_local:
+            do_share(job, 0, 1, lambda said: watch([said]))
+            return
+        path = folder / "job.json"
+        write_atomically(path, job.model_dump_json(indent=1))
+        tars = {one.samples[0].image.tar.resolve() for one in self.sets.values()}
+        reads = (self.cache.root.resolve(), *sorted(tars))
+        try:
+            run_ranks("tasks.evaluate.encode.encode_worker", path, ranks, watch, launch, reads)
+        finally:
+            path.unlink()  # tells other machines that it is over
 
     def image_features(self, model: str, name: str) -> Tensor:
         """Unit features of all images of a set [N, D]; RuntimeError if they are not all there."""
@@ -159,27 +179,6 @@ class Features:
     def _made_by(self) -> str:
         """Precision, device and version, which decide the last bits of a feature."""
         return f"{self.precision}-{self.machine.device}-torch{metadata.version('torch')}"
-
-
-def _run_ranks(job: EncodeJob, folder: Path, progress: Progress) -> dict[str, str]:
-    """Run all ranks once, whether they succeed or fail; returns set -> the reason of a failure."""
-    if job.ranks == 1 and job.device == "cpu":
-        return do_share(job, 0, progress)
-    path = folder / "job.json"
-    write_atomically(path, job.model_dump_json(indent=1))
-    states = [rank_file(path, rank) for rank in range(job.ranks)]
-    for state in states:
-        state.unlink(missing_ok=True)
-
-    def read_states() -> list[RankState]:
-        return [RankState.model_validate_json(x.read_text()) for x in states if x.is_file()]
-
-    def watch() -> None:
-        said = read_states()
-        progress(sum(one.done for one in said), said[0].detail if said else "")
-
-    run_ranks("tasks.evaluate.encode.encode_worker", path, job.ranks, watch)
-    return {name: why for one in read_states() for name, why in one.failed.items()}
 
 
 def _count_work(work: ModelWork) -> int:

@@ -4,7 +4,7 @@ A block is written beside its place, synced and renamed, and holds a hash of its
 that a crash tore or that was damaged later reads as absent, and is computed again.
 
 A text tower's features are kept in files to which later evaluations add, so sets and models that
-share texts share the work. Not here: encoding itself (tasks/encoders/encode_chunks.py).
+share texts share the work. Not here: encoding itself (evaclip_model/zeroshot/encode_chunks.py).
 """
 
 import hashlib
@@ -21,9 +21,13 @@ from torch import Tensor
 
 from evaclip_model.files import replace_file
 from evaclip_model.weights.tensor_files import write_tensors
+from evaclip_model.zeroshot.encode_chunks import (
+    IMAGE_CHUNK,
+    Subject,
+    encode_text_chunk,
+    iterate_text_blocks,
+)
 from evaclip_model.zeroshot.exact_ranks import build_classifier, fill_templates
-from tasks.encoders.encode_chunks import IMAGE_CHUNK, encode_text_chunk, iterate_text_blocks
-from tasks.encoders.open_models import Subject
 from tasks.evaluate.sets.published_layout import EvalSet
 
 IMAGE_BLOCK = 4 * IMAGE_CHUNK

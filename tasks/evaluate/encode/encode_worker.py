@@ -1,36 +1,29 @@
-"""One rank of an evaluation: `python -m tasks.evaluate.encode.encode_worker JOB RANK`.
+"""One rank of an evaluation: `python -m tasks.evaluate.encode.encode_worker JOB`.
 
 Ranks share files alone: each takes every RANKS-th block of those that were missing at the start,
 and renames finished blocks into place. A killed rank loses the block it was working on.
 """
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from evaclip_model.config import Config
 from evaclip_model.cpu.allocator import freed_memory_kept
 from evaclip_model.errors import InputError
-from evaclip_model.files import write_atomically
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
+from evaclip_model.zeroshot.encode_chunks import Subject, embed_images, exact_arithmetic
 from evaclip_model.zeroshot.set_layout import Span
-from tasks.encoders.encode_chunks import embed_images
-from tasks.encoders.open_models import Subject, open_subject
+from tasks.encoders.open_models import count_workers, device_of, open_subject
 from tasks.evaluate.config import Precision
 from tasks.evaluate.encode.encode_features import FEATURES, encode_texts, image_blocks, write_block
-from tasks.process.ranks import run_share
-
-Progress = Callable[[int, str], None]
-"""Called with the number of images and texts done, and the names of their model and set."""
+from tasks.process.ranks import RankState, run_share, say_state
 
 
 class ImageList(Config):
@@ -69,55 +62,37 @@ class EncodeJob(Config):
     """All missing features, and the settings of the ranks that share the work."""
 
     models: tuple[ModelWork, ...]
-    ranks: int
-    workers: int
-    """Decoding threads of each rank."""
+    workers: int | None
+    """Decoding threads of each rank; None: the cores that its machine's GPUs leave."""
     device: str
     precision: Precision
 
 
-class RankState(Config):
-    """Progress of a rank, for whoever started it."""
-
-    done: int = 0
-    """Images and texts."""
-    detail: str = ""
-    failed: Mapping[str, str] = {}
-    """Set -> the reason why it cannot be evaluated, once the rank is done."""
-
-
-def rank_file(job: Path, rank: int) -> Path:
-    """File beside the job with a rank's `RankState`."""
-    return job.with_name(f"state-{rank}.json")
-
-
-def do_share(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:
-    """Do a rank's share of the job; returns set -> the reason why it cannot be evaluated.
-
-    InputError if a model cannot be opened, or its features are not finite.
-    """
+def do_share(job: EncodeJob, rank: int, ranks: int, say: Callable[[RankState], None]) -> None:
+    """Do a rank's share of the job and `say` how far it is, at the end also which sets cannot be
+    evaluated and why. InputError: a model cannot be opened, or its features are not finite."""
     failed: dict[str, str] = {}
-    done = 0
+    workers = count_workers(job.workers, job.device)
+    said = RankState()
 
     def add(count: int, detail: str) -> None:
-        nonlocal done
-        done += count
-        progress(done, detail)
+        nonlocal said
+        said = RankState(done=said.done + count, detail=detail)
+        say(said)
 
     with (
-        _exact_arithmetic(job.device),
+        exact_arithmetic(job.device),
         freed_memory_kept() if job.device == "cpu" else nullcontext(),
-        ThreadPoolExecutor(job.workers, "decode") if job.workers else nullcontext() as pool,
+        ThreadPoolExecutor(workers, "decode") if workers else nullcontext() as pool,
     ):
-        device = job.device if job.device == "cpu" else f"cuda:{rank % torch.cuda.device_count()}"
+        device = device_of(job.device, rank)
         for todo in job.models:
             subject = open_subject(todo.spec, device=device, precision=job.precision)
             if todo.texts:
                 told = partial(add, detail=f"{todo.name}: texts")
-                place = todo.text_folder
-                encode_texts(subject, todo.texts, place, rank, job.ranks, progress=told)
+                encode_texts(subject, todo.texts, todo.text_folder, rank, ranks, progress=told)
             for work in todo.images:
-                mine = work.blocks[rank :: job.ranks]
+                mine = work.blocks[rank::ranks]
                 if not mine or work.name in failed:
                     continue
                 try:
@@ -125,7 +100,7 @@ def do_share(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:
                         add(count, f"{todo.name} on {work.name}")
                 except UnusableSetError as error:
                     failed[work.name] = str(error)
-    return failed
+    say(said.model_copy(update={"failed": failed}))
 
 
 class UnusableSetError(InputError):
@@ -171,37 +146,10 @@ def _load_pixels(images: ImageList, transform: Callable[[Image.Image], Tensor], 
     )
 
 
-@contextmanager
-def _exact_arithmetic(device: str) -> Iterator[None]:
-    """One thread on a CPU, and no TF32: features must not depend on where they are computed.
-    Pillow's warnings about odd palettes are silenced, because nobody can act on them."""
-    threads, convolutions = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
-    matmul = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    if device == "cpu":
-        torch.set_num_threads(1)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(matmul)
-
-
-def share_job(path: Path, rank: int) -> None:
+def share_job(path: Path, rank: int, ranks: int) -> None:
     """Do a rank's share of the job in a file."""
-    said = RankState()
-
-    def say(**more: Any) -> None:
-        nonlocal said
-        said = said.model_copy(update=more)
-        write_atomically(rank_file(path, rank), said.model_dump_json())
-
     job = EncodeJob.model_validate_json(path.read_text())
-    say(failed=do_share(job, rank, lambda done, detail: say(done=done, detail=detail)))
+    do_share(job, rank, ranks, partial(say_state, path, rank))
 
 
 if __name__ == "__main__":

@@ -16,23 +16,17 @@ from PIL import Image
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
-from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.reading.transform import image_transform
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.weights.load import save_model
-from tasks.artifacts.artifact import Address, Artifact, produce_artifact
+from tasks.artifacts.artifact import Artifact
 from tasks.embed.config import FEATURES, EmbedConfig
 from tasks.embed.embed import embed_samples, read_scores
 from tasks.embed.embed_shard import EmbedJob, embed_share
 from tasks.embed.search import find_feature, search_features
 from tasks.index.sample_index import read_verdicts
 from tasks.progress import report_nothing
-from tasks.verify.config import STAGE as VERIFY
-from tasks.verify.config import VerifyConfig
-from tasks.verify.verify import verify_shards
-
-TINY = ModelConfig.load("EVA02-CLIP-demo").at_image_px(16)
-CAPTIONS = ("a red apple", "two dogs", "a house by the sea", "rain", "a green pear on a table")
+from tests.tasks.embed.pictures import CAPTIONS, TINY, verify_pictures
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def verified(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Two shards of five samples; the third of the second one has no image that can be decoded."""
-    root = tmp_path_factory.mktemp("runs")
-    shards = root / "download" / "d" / "shards"
-    shards.mkdir(parents=True)
-    noise = np.random.default_rng(0)
-    for number in range(2):
-        with webdataset.TarWriter(str(shards / f"{number:06d}.tar")) as tar:
-            for place, caption in enumerate(CAPTIONS):
-                encoded = io.BytesIO()
-                pixels = noise.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(encoded, "PNG")
-                uid = f"{number}{place}"
-                image = b"no image" if uid == "12" else encoded.getvalue()
-                record = json.dumps({"uid": uid, "source": "s"})
-                tar.write({"__key__": uid, "png": image, "txt": caption, "json": record})
-    config = VerifyConfig(max_bad_share=0.5, min_image_px=1)
-    address = Address.of(root, VERIFY, config, {"download": "d"})
-    return produce_artifact(
-        address, lambda out: verify_shards(config, root / "download" / "d", out, 1, report_nothing)
-    )
+    return verify_pictures(tmp_path_factory.mktemp("runs"), shards=2, samples=5)
 
 
 def embed(verified: Artifact, model: Path, out: Path, **machine: int) -> dict[str, int | float]:
@@ -108,10 +84,10 @@ def test_ranks_and_kills_change_no_byte(verified, model, tmp_path):
         verified=verified.folder,
         folder=tmp_path / "two" / FEATURES,
         shards=(0, 1),
-        ranks=2,
+        workers=1,
     )
     (tmp_path / "two" / FEATURES).mkdir(parents=True)
-    embed_share(job, 1)  # the other rank was killed
+    embed_share(job, 1, 2)  # the other rank was killed
     write_atomically(tmp_path / "two" / FEATURES / ".000000.parquet.torn", "half")
     embed(verified, model, tmp_path / "two", ranks=2)
     for number in range(2):

@@ -33,7 +33,9 @@ from tasks.evaluate.encode.encode_features import (
 )
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.evaluate.sets.published_layout import open_set
+from tasks.process.launch import RankLaunch
 from tasks.progress import report_nothing
+from tests.tasks.process.fake_slurm import FakeSlurm
 
 SavedModel = Callable[[int], Path]
 WriteSet = Callable[..., Path]
@@ -107,6 +109,23 @@ def test_ranks_workers_and_shards_change_no_digit(
     seven = write_both(tmp_path / "seven", write, disc, 7)
     assert results_of(models, seven, tmp_path / "ranks", ranks=2, workers=1) == expected
     assert results_of(models, seven, tmp_path / "workers", workers=4) == expected
+
+
+@pytest.mark.slow
+def test_four_ranks_that_slurm_starts_on_two_machines_give_the_digits_of_one(
+    tmp_path: Path, both: dict[str, Path], saved_model: SavedModel, monkeypatch: pytest.MonkeyPatch
+):
+    models = {"a": saved_model(1), "b": saved_model(2)}
+    expected = results_of(models, both, tmp_path / "plain")
+    slurm = FakeSlurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{slurm.bin}:{os.environ['PATH']}")
+    monkeypatch.setattr("tasks.process.launch.CLUSTER_LOOK_S", 0.2)
+    launch = RankLaunch(launcher="slurm", ranks=2, nodes=2)
+    try:
+        assert results_of(models, both, tmp_path / "launched", launch=launch) == expected
+        assert slurm.states == ["COMPLETED"]
+    finally:
+        slurm.close()
 
 
 @pytest.mark.parametrize("victim", ["all", pytest.param("rank", marks=pytest.mark.slow)])

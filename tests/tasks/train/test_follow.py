@@ -5,8 +5,9 @@ import json
 import pytest
 
 from evaclip_model.training.config import METRICS_FILE
-from tasks.train.cluster import job_name
-from tasks.train.train import LOG_FILE, Follower, describe_step, format_duration, last_rows
+from tasks.process.cluster import job_name
+from tasks.progress import format_duration
+from tasks.train.train import LOG_FILE, Follower, describe_step, last_rows
 from tests.tasks.train.stage import config
 
 ROW = {"step": 7, "loss": 2.5, "images_per_second": 1500.0, "logit_scale": 14.3, "step_s": 2.0}

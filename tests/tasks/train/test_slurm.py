@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.tasks.train.fake_slurm import FakeSlurm
+from tests.tasks.process.fake_slurm import FakeSlurm
 from tests.tasks.train.stage import STEPS, processes_of, ranks_of, train
 
 SLURM = {"launcher": "slurm", "ranks": 2}
@@ -18,7 +18,7 @@ def slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{started.bin}:{os.environ['PATH']}")
     for name, value in {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("tasks.train.train.CLUSTER_LOOK_S", 0.2)
+    monkeypatch.setattr("tasks.process.launch.CLUSTER_LOOK_S", 0.2)
     yield started
     started.close()
 
@@ -70,7 +70,7 @@ def test_a_killed_submitter_does_not_double_the_ranks(data, slurm, tmp_path):
             (submitter,) = [
                 one
                 for one in processes_of(out)
-                if one.info["cmdline"][1:3] == ["-m", "tasks.train.cluster"]
+                if one.info["cmdline"][1:3] == ["-m", "tasks.process.cluster"]
             ]
             killed.append(submitter.pid)
             os.kill(submitter.pid, signal.SIGKILL)

@@ -10,9 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from evaclip_model.errors import InputError
-from tasks.train.cluster import CLUSTERS, job_name, job_script
-from tasks.train.config import Launch
-from tasks.train.launch import (
+from tasks.process.cluster import CLUSTERS, Program, job_name, job_script
+from tasks.process.launch import (
     count_gpus,
     deepspeed_command,
     default_ranks,
@@ -20,18 +19,22 @@ from tasks.train.launch import (
     external_command,
     rank_environment,
     read_hostfile,
+    start_command,
     torchrun_command,
 )
-from tasks.train.train import Inputs, starter_command
+from tasks.train.config import Launch
+from tasks.train.train import Inputs, trainer_program
 
 JOB = Path("/somewhere/0a1b/train.json")
 INPUTS = Inputs(Path("/somewhere/model"), Path("/somewhere/shards.json"))
+PROGRAM = trainer_program(JOB, INPUTS)
+ENCODERS = PROGRAM._replace(module="tasks.embed.embed_shard")
 WORKER = ["-m", "evaclip_model.training.worker", str(JOB)]
 
 
 def test_one_rank_is_a_plain_process_and_more_are_torchruns():
-    assert torchrun_command(JOB, Launch(), 1) == [sys.executable, *WORKER]
-    two = torchrun_command(JOB, Launch(), 2)
+    assert torchrun_command(PROGRAM, Launch(), 1) == [sys.executable, *WORKER]
+    two = torchrun_command(PROGRAM, Launch(), 2)
     assert two[1:3] == ["-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in two
     assert "--rdzv-conf=store_type=file" in two
@@ -41,7 +44,7 @@ def test_one_rank_is_a_plain_process_and_more_are_torchruns():
 
 def test_torchruns_of_several_machines_meet_where_they_are_told():
     three = Launch(launcher="torchrun", nodes=3, rendezvous="first:29400")
-    words = torchrun_command(JOB, three, 8)
+    words = torchrun_command(PROGRAM, three, 8)
     assert {"--nnodes=3", "--nproc-per-node=8", "--rdzv-endpoint=first:29400"} < set(words)
     assert "--rdzv-id=0a1b" in words
     assert not any("127.0.0.1" in word for word in words)
@@ -50,11 +53,11 @@ def test_torchruns_of_several_machines_meet_where_they_are_told():
 def test_the_deepspeed_launcher_adds_no_argument_and_needs_no_ssh_to_this_machine(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("# first\nlocalhost slots=2 # both\n\n")
-    words = deepspeed_command(JOB, hosts, read_hostfile(hosts), 1234)
+    words = deepspeed_command(PROGRAM, hosts, read_hostfile(hosts), 1234)
     assert words[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     assert {"--no_local_rank", "--no_ssh_check", "--master_addr=127.0.0.1"} < set(words)
     assert words[-3:] == ["--module", "evaclip_model.training.worker", str(JOB)]
-    two = deepspeed_command(JOB, hosts, {"a": 8, "b": 8}, 1234)
+    two = deepspeed_command(PROGRAM, hosts, {"a": 8, "b": 8}, 1234)
     assert "--no_ssh_check" not in two and not any("master_addr" in word for word in two)
 
 
@@ -77,18 +80,18 @@ def test_what_a_launcher_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     missing = Launch(launcher="deepspeed", hostfile=tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"EVACLIP_HOSTFILE=.*nowhere cannot be read \(No such"):
-        starter_command(missing, JOB, INPUTS, 1)
+        start_command(missing, PROGRAM, 1)
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     two = Launch(launcher="deepspeed", hostfile=tmp_path / "hosts")
     with pytest.raises(InputError, match="EVACLIP_LAUNCHER=deepspeed needs the program 'pdsh'"):
-        starter_command(two, JOB, INPUTS, 1)
+        start_command(two, PROGRAM, 1)
     with pytest.raises(InputError, match="EVACLIP_LAUNCHER=slurm needs the program 'sbatch'"):
-        starter_command(Launch(launcher="slurm", ranks=8), JOB, INPUTS, 8)
+        start_command(Launch(launcher="slurm", ranks=8), PROGRAM, 8)
     with pytest.raises(InputError, match="EVACLIP_LAUNCHER=kubernetes needs the program 'kubectl'"):
-        starter_command(Launch(launcher="kubernetes", ranks=8), JOB, INPUTS, 8)
+        start_command(Launch(launcher="kubernetes", ranks=8), PROGRAM, 8)
     own = Launch(launcher="external", ranks=8, submit_command="qsub {job}")
     with pytest.raises(InputError, match="EVACLIP_LAUNCHER=external needs the program 'qsub'"):
-        starter_command(own, JOB, INPUTS, 8)
+        start_command(own, PROGRAM, 8)
 
 
 @pytest.mark.parametrize(
@@ -116,23 +119,16 @@ def test_a_command_of_the_users_own_has_its_places_filled_in():
     own = Launch(
         launcher="external", ranks=8, nodes=4, submit_command="run -n {nodes}x{ranks} 'a {job}'"
     )
-    assert external_command(JOB, own) == ["run", "-n", "4x8", f"a {JOB}"]
+    assert external_command(PROGRAM, own) == ["run", "-n", "4x8", f"a {JOB}"]
     wrong = own.model_copy(update={"submit_command": "run {gpus}"})
     with pytest.raises(
         InputError, match=r"not a command with the placeholders \{job\}.*\('gpus'\)"
     ):
-        external_command(JOB, wrong)
+        external_command(PROGRAM, wrong)
 
 
-def script_of(kind, template=None):
-    return job_script(
-        template or CLUSTERS[kind].template,
-        job=JOB,
-        reads=(INPUTS.start_from, INPUTS.shards),
-        log=JOB.parent / "train.log",
-        ranks=8,
-        nodes=4,
-    )
+def script_of(kind, template=None, program=PROGRAM):
+    return job_script(template or CLUSTERS[kind].template, program, ranks=8, nodes=4)
 
 
 def test_the_slurm_job_has_a_task_for_each_gpu_and_time_to_save():
@@ -182,13 +178,31 @@ def test_the_kubernetes_job_is_a_pod_for_each_machine_that_finds_the_first():
 @pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
 def test_no_name_of_a_folder_becomes_a_command_or_a_setting(kind):
     job = Path("/some where/$(touch x): #1/0a1b/train.json")
-    places = {"job": job, "reads": (job.parent,), "log": job.parent / "train.log"}
-    text = job_script(CLUSTERS[kind].template, **places, ranks=8, nodes=4)
+    program = Program(PROGRAM.module, job, job.parent / "train.log", (job.parent,))
+    text = job_script(CLUSTERS[kind].template, program, ranks=8, nodes=4)
     if kind == "slurm":
         assert shlex.split(text.splitlines()[-1])[-1] == str(job)
     else:
         pod = list(yaml.safe_load_all(text))[1]["spec"]["template"]["spec"]
         assert pod["containers"][0]["command"][-1] == str(job)
+
+
+@pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
+def test_ranks_that_encode_are_started_by_the_same_templates(kind):
+    module = script_of(kind, program=ENCODERS).replace("tasks.embed.embed_shard", WORKER[1])
+    assert module == script_of(kind)
+
+
+def test_a_template_or_a_command_that_starts_training_whatever_is_asked_for_is_refused(tmp_path):
+    template = tmp_path / "own.sbatch"
+    template.write_text("srun python -m evaclip_model.training.worker {{ job }}\n")
+    assert script_of("slurm", template)
+    with pytest.raises(InputError, match=r"does not start tasks\.embed\.embed_shard: write \{\{ m"):
+        script_of("slurm", template, ENCODERS)
+    own = Launch(launcher="external", ranks=8, submit_command="run {job}")
+    assert external_command(PROGRAM, own) == ["run", str(JOB)]
+    with pytest.raises(InputError, match=r"has no place \{module\}.*EVACLIP_EVALUATE_HERE"):
+        external_command(ENCODERS, own)
 
 
 def test_a_template_that_cannot_be_filled_in_is_named(tmp_path):

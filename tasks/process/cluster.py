@@ -1,6 +1,6 @@
-"""A training run as a job of Slurm or Kubernetes: its script, the commands that handle it, and the
-process that submits it and stays until it is over: `python -m tasks.train.cluster KIND SCRIPT NAME
-SECONDS`, which goes on with a job of that name that an earlier process submitted and could not end.
+"""Ranks as a job of Slurm or Kubernetes: its script, the commands that handle it, and the process
+that submits it and stays until it is over, `python -m tasks.process.cluster KIND SCRIPT NAME
+SECONDS`; it goes on with a job of that name that an earlier process submitted and could not end.
 
 Not here: what the ranks make of Slurm's variables (evaclip_model/training/worker.py); what came of
 the job: that is in the run's folder.
@@ -22,7 +22,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, NamedTuple, cast
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 from pydantic import AfterValidator, TypeAdapter
@@ -89,18 +89,30 @@ def job_name(run_dir: Path) -> str:
     return f"evaclip-{readable}-{digest[:8]}"
 
 
-def job_script(
-    template: Path, *, job: Path, reads: tuple[Path, ...], log: Path, ranks: int, nodes: int
-) -> str:
-    """The job's script from its template; `reads` and the folder of the trainer's `job` file must
-    be mounted, `ranks` are the processes of each machine. InputError: the template cannot be read,
-    or names something that is not there to fill in."""
+class Program(NamedTuple):
+    """The program of every rank, `python -m MODULE JOB`, and what a launcher must know besides."""
+
+    module: str
+    job: Path
+    log: Path
+    reads: tuple[Path, ...] = ()
+    """What must be mounted besides the job's folder."""
+    over: str = ""
+    """A shell's condition that the work is over."""
+
+
+def job_script(template: Path, program: Program, *, ranks: int, nodes: int) -> str:
+    """The job's script from its template; `ranks` are the processes of each machine. InputError:
+    the template cannot be read, names something that is not there to fill in, or starts another
+    program."""
+    job = program.job
     places: dict[str, str | int] = {
         "name": job_name(job.parent),
+        "module": program.module,
         "job": str(job),
         "run_dir": str(job.parent),
-        "root": os.path.commonpath([job.parent, *reads]),
-        "log": str(log),
+        "root": os.path.commonpath([job.parent, *program.reads]),
+        "log": str(program.log),
         "python": sys.executable,
         "ranks": ranks,
         "nodes": nodes,
@@ -108,12 +120,18 @@ def job_script(
     strict = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     strict.filters["quote"] = shlex.quote  # a shell's word; `tojson` is a YAML value
     try:
-        return strict.from_string(template.read_text()).render(places)
+        text = strict.from_string(template.read_text()).render(places)
     except (OSError, UnicodeDecodeError, TemplateError) as error:
         raise InputError(
             f"the job template {template} cannot be used ({error}): it is filled in with "
             f"{', '.join('{{ ' + name + ' }}' for name in places)}"
         ) from None
+    if program.module not in text:
+        raise InputError(
+            f"the job template {template} does not start {program.module}: write {{{{ module }}}} "
+            "where it names the program of the ranks"
+        )
+    return text
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from evaclip_model import InputError
+from tasks.process.cluster import CANCELLED, CLUSTERS, FAILED, OVER
 from tasks.train import cluster
-from tasks.train.cluster import CANCELLED, CLUSTERS, FAILED, OVER
-from tests.tasks.train.fake_slurm import FakeSlurm
+from tests.tasks.process.fake_slurm import FakeSlurm
 
 CHECKOUT = Path(__file__).parents[3]
 
@@ -36,7 +36,7 @@ def write_job(folder, command):
 
 
 def submit(script):
-    words = ["-m", "tasks.train.cluster", "slurm", str(script), script.parent.name, "0.05"]
+    words = ["-m", "tasks.process.cluster", "slurm", str(script), script.parent.name, "0.05"]
     return subprocess.Popen([sys.executable, *words], cwd=CHECKOUT, stderr=subprocess.PIPE)
 
 

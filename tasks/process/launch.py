@@ -1,0 +1,264 @@
+"""Starting the ranks of a job, whatever it is: settings, command lines and environments.
+
+Not here: running any of it (ranks.py, tasks/train/train.py); jobs of Slurm and Kubernetes
+(cluster.py).
+
+Every rank gets the path of the job file and no other argument: launchers mix their options with
+those of what they launch.
+"""
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from evaclip_model.config import Config
+from evaclip_model.errors import InputError
+from evaclip_model.files import write_atomically
+from evaclip_model.ports import find_free_port
+from evaclip_model.training.config import RANK_STORE
+from tasks.process.cluster import CLUSTERS, Kind, Program, job_name, job_script
+
+WORKER = "evaclip_model.training.worker"
+CLUSTER_LOOK_S = 10.0
+"""Between two questions to the cluster."""
+LOOPBACK = "127.0.0.1"
+CPU_RANKS = 2
+"""Ranks on a machine without GPUs: the least that shards anything, and few for a laptop."""
+
+
+_HOST = re.compile(r"(\S+)\s+slots=(\d+)\s*")
+Launcher = Literal["auto", "torchrun", "deepspeed", "slurm", "kubernetes", "external"]
+
+
+class RankLaunch(Config):
+    """Settings of starting ranks; the field `x` is read from the environment as `EVACLIP_X`."""
+
+    launcher: Launcher = "auto"
+    """What starts ranks. auto: plain processes, or torchrun for several that train; deepspeed: its
+    launcher over the machines of `hostfile`; slurm, kubernetes: a job from `job_template`,
+    submitted and followed; external: your own `submit_command`."""
+    ranks: int = Field(0, ge=0)
+    """Processes of each machine; 0: one a GPU, or on a CPU with two cores two that train."""
+    nodes: int = Field(1, gt=0)
+    """Machines."""
+    rendezvous: str | None = None
+    """Where torchrun's machines meet, `host:port` of the first of them."""
+    hostfile: Path | None = None
+    """Machines of the deepspeed launcher, one a line: `name slots=PROCESSES`."""
+    job_template: Path | None = None
+    """Your own copy of infra/slurm/train.sbatch or of one of infra/kubernetes/train-*.yaml."""
+    submit_command: str | None = None
+    """Starts all ranks and ends when they do. `{job}`, `{run_dir}`, `{ranks}`, `{nodes}`,
+    `{module}` are filled in; every rank must run `python -m {module} {job}`."""
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether all ranks are of this machine, and no program need start them."""
+        return self.launcher in ("auto", "torchrun") and self.nodes == 1
+
+    @field_validator("rendezvous")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None and re.fullmatch(r"\S+:\d+", value) is None:
+            raise ValueError("must be host:port")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_the_launcher(self) -> Self:
+        many, chosen = self.nodes > 1, f"EVACLIP_LAUNCHER={self.launcher}"
+        wrong = None
+        match self.launcher:
+            case "auto" if many:
+                wrong = "EVACLIP_NODES is above 1: say what starts them by EVACLIP_LAUNCHER"
+            case "torchrun" if many and self.rendezvous is None:
+                wrong = "EVACLIP_NODES is above 1: torchrun needs EVACLIP_RENDEZVOUS=host:port too"
+            case "deepspeed" if self.hostfile is None:
+                wrong = f"{chosen} needs EVACLIP_HOSTFILE=path"
+            case "deepspeed" if self.ranks or many:
+                wrong = (
+                    f"{chosen} takes machines and processes from EVACLIP_HOSTFILE: leave "
+                    "EVACLIP_RANKS and EVACLIP_NODES unset"
+                )
+            case "external" if self.submit_command is None:
+                wrong = f"{chosen} needs EVACLIP_SUBMIT_COMMAND"
+            case "slurm" | "kubernetes" | "external" if not self.ranks:
+                wrong = (
+                    f"{chosen} needs EVACLIP_RANKS, the processes of each machine (one a GPU): "
+                    "this machine's GPUs say nothing about the others"
+                )
+        if wrong:
+            raise ValueError(wrong)
+        return self
+
+
+def default_ranks(cores: int, gpus: int, lanes: int) -> int:
+    """Ranks when no number is set: one a GPU, or two on a CPU that has the cores; fewer where
+    `lanes` cannot be shared out among them, so that a machine that lost a GPU goes on."""
+    wanted = gpus or min(CPU_RANKS, cores)
+    return max(ranks for ranks in range(1, wanted + 1) if lanes % ranks == 0)
+
+
+def count_gpus(visible: str | None, devices: Path = Path("/dev")) -> int:
+    """GPUs that `visible` (CUDA_VISIBLE_DEVICES) leaves of this machine's; torch is slow to ask."""
+    if visible is not None:
+        return len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
+    return len(list(devices.glob("nvidia[0-9]*")))
+
+
+def default_read_workers(cores: int, ranks: int, gpus: int) -> int:
+    """Processes of each rank that read: a GPU's rank needs one core itself, a CPU's all it has."""
+    return max(0, cores // ranks - 1) if gpus else 0
+
+
+def start_command(launch: RankLaunch, program: Program, ranks: int) -> list[str]:
+    """The command that starts ranks, `ranks` of each machine, and ends when they do; files that it
+    needs are written. InputError: a program, the hostfile or the job template is missing or wrong.
+    """
+    folder = program.job.parent
+    match launch.launcher:
+        case "auto" | "torchrun":
+            words = torchrun_command(program, launch, ranks)
+            if launch.nodes > 1:
+                write_atomically(folder / "join.sh", join_script(words, program.over))
+            return words
+        case "external":
+            words = external_command(program, launch)
+            _require_program("external", words[0])
+            return words
+        case "deepspeed":
+            assert launch.hostfile is not None, "the launch's settings refuse it"
+            hosts = read_hostfile(launch.hostfile)
+            if len(hosts) > 1:
+                _require_program("deepspeed", "pdsh")
+            return deepspeed_command(program, launch.hostfile, hosts, find_free_port())
+        case "slurm" | "kubernetes" as kind:
+            return _submission_command(kind, launch, program)
+
+
+def torchrun_command(program: Program, launch: RankLaunch, ranks: int) -> list[str]:
+    """The command that every machine runs: `ranks` ranks each, which meet at the rendezvous; on a
+    single machine torchrun without a port, or one process."""
+    words = [program.module, str(program.job)]
+    if launch.nodes > 1:
+        # The run's folder as id: another run at the same meeting point is not joined.
+        folder = program.job.parent.name
+        meeting = [f"--rdzv-endpoint={launch.rendezvous}", f"--rdzv-id={folder}"]
+    elif ranks == 1:
+        return [sys.executable, "-m", *words]
+    else:
+        # Without an endpoint the agent's store is a temporary file that only this user can open.
+        meeting = ["--rdzv-conf=store_type=file", f"--local-addr={LOOPBACK}"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", *meeting]
+    return [*run, f"--nnodes={launch.nodes}", f"--nproc-per-node={ranks}", "-m", *words]
+
+
+def join_script(words: Sequence[str], over: str) -> str:
+    """The script of the other machines: their part of the ranks, until the stage is over."""
+    return f"#!/bin/sh\nuntil {over}; do {shlex.join(words)}; sleep 5; done\n"
+
+
+def deepspeed_command(
+    program: Program, hostfile: Path, hosts: Mapping[str, int], port: int
+) -> list[str]:
+    """The deepspeed launcher over `hosts`; a single one is taken to be this machine, without ssh.
+    Ranks meet on `port` of the first machine."""
+    # It would put `--local_rank=N` before the job file.
+    words = ["--module", program.module, str(program.job)]
+    plain = ["--no_local_rank", f"--master_port={port}", *words]
+    here = ["--no_ssh_check", f"--master_addr={LOOPBACK}"] if len(hosts) == 1 else []
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}"]
+    return [*runner, *here, *plain]
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Machines of a deepspeed hostfile and the processes of each, in their order. InputError: it
+    cannot be read (the launcher itself would go on with this machine alone), or a line is not
+    `name slots=N`."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise InputError(
+            f"EVACLIP_HOSTFILE={path} cannot be read ({error.strerror}): give a file with lines "
+            "`name slots=PROCESSES`"
+        ) from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not (text := line.partition("#")[0].strip()):
+            continue
+        found = _HOST.fullmatch(text)
+        if found is None or not int(found[2]) or found[1] in hosts:
+            raise InputError(
+                f"{path}, line {number}: '{text}' must be `name slots=PROCESSES`, each name once"
+            )
+        hosts[found[1]] = int(found[2])
+    if not hosts:
+        raise InputError(f"{path} names no machine: write a line `name slots=PROCESSES` for each")
+    return hosts
+
+
+def external_command(program: Program, launch: RankLaunch) -> list[str]:
+    """The user's own command with its places filled in; InputError: it names others, or is none."""
+    job, module = program.job, program.module
+    places = {"job": job, "run_dir": job.parent, "ranks": launch.ranks, "nodes": launch.nodes}
+    if module != WORKER and "{module}" not in (launch.submit_command or ""):
+        raise InputError(
+            f"EVACLIP_SUBMIT_COMMAND has no place {{module}}, and {module} is to be started: have "
+            "every rank run `python -m {module} {job}`, or set EVACLIP_EVALUATE_HERE=true"
+        )
+    try:
+        words = [
+            word.format(**places, module=module)
+            for word in shlex.split(launch.submit_command or "")
+        ]
+    except (KeyError, IndexError, ValueError) as error:
+        raise InputError(
+            "EVACLIP_SUBMIT_COMMAND is not a command with the placeholders {job}, {run_dir}, "
+            f"{{ranks}}, {{nodes}}, {{module}} ({error}): write a brace that is meant as itself "
+            "twice"
+        ) from None
+    if not words:
+        raise InputError("EVACLIP_SUBMIT_COMMAND is empty: give the command that starts all ranks")
+    return words
+
+
+def rank_environment(
+    base: Mapping[str, str], ranks: int, cores: int, store: Path
+) -> dict[str, str]:
+    """`base` for the ranks of this machine: its cores shared out, nothing that others can reach.
+    `store` is a file that is not there yet, in a folder of this user's alone."""
+    return {
+        "NCCL_SOCKET_IFNAME": "lo",
+        **base,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        "PYTHONUNBUFFERED": "1",
+        RANK_STORE: str(store),
+        # torchrun would else open a TCPStore, on all networks, for the ranks to use
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+
+
+def _submission_command(kind: Kind, launch: RankLaunch, program: Program) -> list[str]:
+    cluster, folder = CLUSTERS[kind], program.job.parent
+    for tool in sorted(cluster.tools):
+        _require_program(kind, tool)
+    template = launch.job_template or cluster.template
+    text = job_script(template, program, ranks=launch.ranks, nodes=launch.nodes)
+    script, name = folder / cluster.script, job_name(folder)
+    write_atomically(script, text)
+    submit = [sys.executable, "-m", "tasks.process.cluster"]
+    return [*submit, kind, str(script), name, str(CLUSTER_LOOK_S)]
+
+
+def _require_program(launcher: str, program: str) -> None:
+    if shutil.which(program) is None:
+        raise InputError(
+            f"EVACLIP_LAUNCHER={launcher} needs the program '{program}', which is not on the PATH: "
+            "install it, or choose another launcher"
+        )
