@@ -168,7 +168,7 @@ bench-eval: $(VENV)/.dev ## text classifiers and a whole evaluation beside open_
 bench-probe: $(VENV)/.dev ## linear probe and kNN beside scikit-learn's and clip_benchmark's, on the same features (1 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_probe.py
 
-bench-embed: $(VENV)/.dev ## features of shards a CPU second beside clip-retrieval's inference, where PEER=PYTHON has it; killed, shared: same bytes (20 min)
+bench-embed: $(VENV)/.dev ## features of shards a CPU second beside clip-retrieval's inference, where PEER=PYTHON has it; killed, two ranks: same bytes (20 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_embed.py --peer "$(PEER)"
 
 bench-noise: $(VENV)/.dev ## what keep_share finds of shuffled captions, and what that is worth, three seeds; IMAGES=6000 SAMPLES=30208 for a tenth (2 h)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from evaclip_model.model.clip import EvaClip
 
 MOST_NAMED = 10
-"""Unreadable images named on the terminal; `embed` writes all of them beside its features."""
+"""Unreadable images named on the terminal; `embed` writes all of them to its file of names."""
 
 _TOWER_FORMS = {"vision": "timm", "text": "transformers"}
 """Part of a model -> the form that holds this part alone."""
@@ -116,39 +116,66 @@ def classify_images(
         best, places = (values.tolist() for values in shares.max(dim=1))
         for file, share, place in zip(found.files, best, places, strict=True):
             print(f"{share:7.1%}  {labels[place]}  {escape_control(str(file))}")
-    _warn_of_unreadable(list(found.unreadable.items()), len(files))
+    _warn_of_unreadable(found.unreadable, len(files))
 
 
 @commands.command("embed")
 def embed(
-    inputs: Annotated[
-        list[Path],
-        Argument(metavar="INPUT", help="images, folders, tables, .tar, .txt of captions"),
-    ],
     model_name: ModelName,
-    out: Annotated[Path, Option(metavar="DIR", help="a folder, for a parquet file a part")],
+    out: Annotated[
+        Path,
+        Option(
+            metavar="X.npy", help="unit vectors [N, E] in float32; X.json says what each row is of"
+        ),
+    ],
+    images: Annotated[
+        list[Path] | None, Argument(metavar="IMAGE", help="images, or folders of them")
+    ] = None,
+    text: Annotated[
+        Path | None, Option(metavar="FILE", help="captions, one a line, instead of images")
+    ] = None,
     weights: Weights = None,
     device: Device = "cpu",
+    batch_size: BatchSize = 64,
     precision: WeightsPrecision = "fp32",
-    share: Annotated[str, Option(metavar="K/N", help="of N processes that share DIR")] = "1/1",
 ) -> None:
-    """Write features of images and captions."""
-    mine, _, of = share.partition("/")
-    if not (mine.isdecimal() and of.isdecimal() and 0 < int(mine) <= int(of)):
-        raise InputError(f"--share {share}: expected K/N, as 1/4 to 4/4 of four processes")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: give a folder")
-    if find_spec("pyarrow") is None:
-        raise InputError("pyarrow writes the features: pip install pyarrow")
+    """Write features of images or of captions."""
+    if out.suffix != ".npy":
+        raise InputError(f"--out {out}: features are written as .npy, end the name in it")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: the folder does not exist, make it first")
+    if bool(images) == (text is not None):
+        raise InputError("give images or folders of them, or --text FILE, and not both")
 
-    from evaclip_model.zeroshot.embed_files import embed_inputs
+    from evaclip_model.zeroshot import image_files as features
 
+    names, about = _read_lines(text) if text is not None else [], {}
+    given = (file for source in images or [] for file in features.image_files(source))
+    files = list(dict.fromkeys(given))
     with freed_memory_kept():
         model = open_named_model(model_name, weights, device, precision)
-        part, progress = (int(mine) - 1, int(of)), _Progress("rows")
-        rows, unreadable = embed_inputs(model, inputs, out, share=part, progress=progress)
-    _warn_of_unreadable(unreadable, rows + len(unreadable))
-    print(f"{rows:,} rows: {out}")
+        if text is not None:
+            progress = _Progress("captions", len(set(names)))
+            values = _encode_captions(model, names, batch_size=batch_size, progress=progress)
+        else:
+            progress = _Progress("images", len(files))
+            found = features.image_features(model, files, batch_size=batch_size, progress=progress)
+            values, names = found.values, list(map(str, found.files))
+            about = {"unreadable": {str(file): why for file, why in found.unreadable.items()}}
+            _warn_of_unreadable(found.unreadable, len(files))
+    features.write_features(out, values, names, about)
+    what = "images" if text is None else "captions"
+    print(f"{len(names):,} {what}: {out}, {features.names_file(out)}")
+
+
+def _read_lines(file: Path) -> list[str]:
+    try:
+        lines = read_text(file).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as lines of text ({error})") from None
+    if not lines:
+        raise InputError(f"{file} is empty: expected one caption a line")
+    return lines
 
 
 @commands.command("convert")
@@ -289,8 +316,8 @@ def _encode_captions(model: EvaClip, captions: Sequence[str], **options: Any) ->
     return encode_texts(model, captions, context_length=length, device=device, **options)
 
 
-def _warn_of_unreadable(unreadable: Sequence[tuple[Any, str]], total: int) -> None:
-    lines = [f"  {file} ({why})" for file, why in unreadable[:MOST_NAMED]]
+def _warn_of_unreadable(unreadable: Mapping[Path, str], total: int) -> None:
+    lines = [f"  {file} ({why})" for file, why in islice(unreadable.items(), MOST_NAMED)]
     if len(unreadable) > MOST_NAMED:
         lines.append(f"  and {len(unreadable) - MOST_NAMED:,} more")
     if lines:
@@ -301,7 +328,7 @@ def _warn_of_unreadable(unreadable: Sequence[tuple[Any, str]], total: int) -> No
 class _Progress:
     """Says on stderr how far a long command is: in place on a terminal, else every ten seconds."""
 
-    def __init__(self, what: str, total: int = 0) -> None:
+    def __init__(self, what: str, total: int) -> None:
         self._what, self._total = what, total
         self._started = self._said = time.monotonic()
         self._in_place = sys.stderr.isatty()
@@ -315,8 +342,7 @@ class _Progress:
         self._said = now
         rate = done / (now - self._started)
         start, end = ("\r\033[K", "\n" * is_end) if self._in_place else ("", "\n")
-        of = f" of {self._total:,}" if self._total else ""
-        line = f"{start}{done:,}{of} {self._what}, {rate:,.1f} a second"
+        line = f"{start}{done:,} of {self._total:,} {self._what}, {rate:,.1f} a second"
         print(line, end=end, file=sys.stderr, flush=True)
 
 

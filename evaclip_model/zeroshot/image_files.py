@@ -1,5 +1,6 @@
-"""Features of image files. Not here: files of features (embed_files.py)."""
+"""Features of image files, and files of features."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -7,14 +8,15 @@ from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.files import refuse_special
+from evaclip_model.files import refuse_special, replace_file, write_atomically
 from evaclip_model.model.clip import EvaClip
-from evaclip_model.reading.image_decoder import MAX_BYTES, UnreadableImageError, decode_image
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.transform import image_transform
 from evaclip_model.zeroshot.exact_ranks import normalise_features
 
@@ -57,15 +59,16 @@ def image_features(
     """Encode image files, on the device and in the precision of a model in evaluation mode;
     `batch_size` at once, twice as many are held decoded. `progress` gets the number of files done.
     Raises InputError: none of the files can be read, or features are not finite."""
+    transform = image_transform(model)
     parameter = next(model.parameters())
     read: list[Path] = []
     values: list[Tensor] = []
     unreadable: dict[Path, str] = {}
     done = 0
     with ThreadPoolExecutor() as pool, torch.inference_mode():
-        load = partial(load_image, transform=image_transform(model))
-        batches = (files[at : at + batch_size] for at in range(0, len(files), batch_size))
-        reading = (zip(some, pool.map(load, some), strict=True) for some in batches)
+        read_one = partial(_read_image, transform=transform)
+        starts = range(0, len(files), batch_size)
+        reading = (pool.map(read_one, files[at : at + batch_size]) for at in starts)
         for results, _ in pairwise(chain(reading, [None])):  # the next is read while one is used
             batch = list(results or ())
             images = {path: image for path, image in batch if isinstance(image, Tensor)}
@@ -81,15 +84,25 @@ def image_features(
     return ImageFeatures(tuple(read), torch.cat(values), unreadable)
 
 
-def load_image(
-    image: Path | bytes | memoryview, transform: Callable[[Image.Image], Tensor]
-) -> Tensor | str:
-    """A file's, or its content's, pixels as a model takes them; or in words why there are none."""
+def write_features(
+    path: Path, values: Tensor, names: Sequence[str], about: Mapping[str, object]
+) -> None:
+    """Write features [N, E] as `path` (.npy), and before them JSON beside it, with the keys of
+    `about` and the `names` of rows; neither is ever seen half-written."""
+    described = json.dumps({**about, "names": list(names)}, ensure_ascii=False, indent=0)
+    write_atomically(names_file(path), described + "\n")
+    with replace_file(path) as beside, beside.open("wb") as file:
+        np.save(file, values.numpy())
+
+
+def names_file(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _read_image(
+    path: Path, transform: Callable[[Image.Image], Tensor]
+) -> tuple[Path, Tensor | str]:
     try:
-        if isinstance(image, Path):
-            if not image.is_file() or image.stat().st_size > MAX_BYTES:
-                return "too_large" if image.is_file() else "missing_file"
-            image = image.read_bytes()
-        return transform(decode_image(image))
+        return path, transform(decode_image(path.read_bytes()))
     except (UnreadableImageError, OSError) as error:
-        return str(error)
+        return path, str(error)

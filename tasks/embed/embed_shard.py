@@ -13,6 +13,7 @@ from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -29,7 +30,6 @@ from evaclip_model.training.cost import (
     peak_flops,
     text_flops,
 )
-from evaclip_model.zeroshot.embed_files import feature_columns
 from evaclip_model.zeroshot.encode_chunks import (
     IMAGE_CHUNK,
     EvaSubject,
@@ -132,8 +132,23 @@ def _embed_shard(
                 images.append(embed_images(subject, decoded))
                 texts.append(embed_texts(subject, [pair.caption for pair in pairs]))
             count(min(READ_AT_ONCE, verdict.stored - start))
-    found = feature_columns(torch.cat(images), torch.cat(texts))
-    return pa.table({"place": pa.array(places, pa.int32()), "uid": usable["uid"], **found})
+    image, text = torch.cat(images), torch.cat(texts)
+    similarity = (image * text).sum(dim=1)
+    return pa.table(
+        {
+            "place": pa.array(places, pa.int32()),
+            "uid": usable["uid"],
+            "image": _halves(image),
+            "text": _halves(text),
+            "similarity": pa.array(similarity.numpy(), pa.float32()),
+        }
+    )
+
+
+def _halves(features: Tensor) -> pa.FixedSizeListArray:
+    """Features [N, D] as a column of float16 lists."""
+    flat = pa.array(features.numpy().astype(np.float16).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
 
 
 def share_job(path: Path, rank: int, ranks: int) -> None:

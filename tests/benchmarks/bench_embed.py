@@ -1,9 +1,9 @@
 """Features of webdataset shards beside clip-retrieval's inference, images and captions.
 
-Ours is `evaclip embed` with EVA02-CLIP-B-16, theirs clip-retrieval's worker with open_clip's
+Ours is the stage `embed` with EVA02-CLIP-B-16, theirs clip-retrieval's worker with open_clip's
 ViT-B-16, which has as many parameters: each a process of its own on one core, in turns, once on a
 few images and once on more; what the further ones cost counts, so that no start is in the figures.
-Then ours is killed in a shard and goes on, and two processes share the shards: the same bytes.
+Then ours is killed in a shard and goes on, and two ranks share the shards: the same bytes.
 
     python3 -m venv peer && peer/bin/pip install clip-retrieval==2.45.0 'transformers<5'
     make bench-embed PEER=peer/bin/python     # without PEER ours alone
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import resource
 import signal
@@ -30,10 +31,25 @@ import webdataset
 from PIL import Image
 
 from evaclip_model import create_model, save_model
+from tasks.artifacts.artifact import Address, produce_artifact
+from tasks.progress import report_nothing
+from tasks.verify.config import STAGE as VERIFY
+from tasks.verify.config import VerifyConfig
+from tasks.verify.verify import verify_shards
 from tests.evaclip_model.peer_libraries import open_clip
 
 OURS, THEIRS = "EVA02-CLIP-B-16", "ViT-B-16"
 WORDS = ("red", "apple", "two", "dogs", "a house", "by the sea", "in rain", "on a table")
+PROGRAM = """
+import sys
+from pathlib import Path
+from tasks.embed.config import EmbedConfig
+from tasks.embed.embed import embed_samples
+from tasks.progress import report_nothing
+model, verified, out, ranks = sys.argv[1:]
+embed_samples(EmbedConfig(models=(model,)), "ours", model, Path(verified), Path(out),
+              report_nothing, ranks=int(ranks))
+"""
 ONE_CORE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -51,7 +67,7 @@ def main() -> None:
         few, more = options.images
         for count in (few, more):
             write_shards(folder / str(count), 2, count // 2)
-        contenders = {"evaclip embed": ours}
+        contenders = {"embed": ours}
         if options.peer:
             contenders = {"clip-retrieval": theirs, **contenders}
         spent: dict[str, list[float]] = {name: [] for name in contenders}
@@ -69,10 +85,11 @@ def main() -> None:
 
 def write_shards(folder: Path, shards: int, samples: int) -> None:
     """JPEGs of 256 pixels with captions of eight words, as img2dataset stores them."""
-    folder.mkdir()
+    tars = folder / "runs" / "download" / "d" / "shards"
+    tars.mkdir(parents=True)
     draw = np.random.default_rng(0)
     for number in range(shards):
-        with webdataset.TarWriter(str(folder / f"{number:06d}.tar")) as tar:
+        with webdataset.TarWriter(str(tars / f"{number:06d}.tar")) as tar:
             for place in range(samples):
                 coarse = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
                 picture = Image.fromarray(coarse).resize((341, 256), Image.Resampling.BICUBIC)
@@ -80,19 +97,27 @@ def write_shards(folder: Path, shards: int, samples: int) -> None:
                 picture.save(encoded, "JPEG", quality=90)
                 caption = " ".join(draw.choice(WORDS, 8))
                 key = f"{number:03d}{place:06d}"
-                tar.write({"__key__": key, "jpg": encoded.getvalue(), "txt": caption})
+                record = json.dumps({"uid": key, "source": "s"})
+                pair = {"__key__": key, "jpg": encoded.getvalue(), "txt": caption}
+                tar.write({**pair, "json": record})
+    config, root = VerifyConfig(), folder / "runs"
+    address = Address.of(root, VERIFY, config, {"download": "d"})
+    downloaded = root / "download" / "d"
+    produce_artifact(address, lambda out: verify_shards(config, downloaded, out, 1, report_nothing))
 
 
-def ours(folder: Path, shards: Path, out: Path, _: str = "", share: str = "1/1") -> list[str]:
-    options = ["--model", str(folder / "ours"), "--out", str(out), "--share", share]
-    return [sys.executable, "-m", "evaclip_model.cli", "embed", str(shards), *options]
+def ours(folder: Path, shards: Path, out: Path, _: str = "", ranks: int = 1) -> list[str]:
+    out.mkdir(exist_ok=True)
+    (verified,) = (shards / "runs" / "verify").iterdir()
+    words = [str(folder / "ours"), str(verified), str(out), str(ranks)]
+    return [sys.executable, "-c", PROGRAM, *words]
 
 
 def theirs(folder: Path, shards: Path, out: Path, peer: str) -> list[str]:
     out.mkdir()
     options = {
         "tasks": "[0]",
-        "input_dataset": f"{shards}/{{000000..000001}}.tar",
+        "input_dataset": f"{shards}/runs/download/d/shards/{{000000..000001}}.tar",
         "output_folder": out,
         "output_partition_count": 1,
         "input_format": "webdataset",
@@ -127,32 +152,27 @@ def report(spent: dict[str, list[float]], options: argparse.Namespace) -> None:
     for name, speeds in spent.items():
         print(f"| {name} | {mean(speeds):.3f} ({min(speeds):.3f} to {max(speeds):.3f}) |")
     if options.peer:
-        times = mean(spent["evaclip embed"]) / mean(spent["clip-retrieval"])
+        times = mean(spent["embed"]) / mean(spent["clip-retrieval"])
         print(f"\n{times:.2f} times as fast")
 
 
 def require_same_bytes(folder: Path, shards: Path) -> None:
-    """Kill ours in a shard, go on; have two processes share the shards; compare with one."""
+    """Kill ours in a shard, go on; have two ranks share the shards; compare with one."""
     environment = {**os.environ, **ONE_CORE}
     whole, killed, shared = folder / "whole", folder / "killed", folder / "shared"
     subprocess.run(ours(folder, shards, whole), check=True, env=environment)
     with subprocess.Popen(ours(folder, shards, killed), env=environment) as process:
-        while not list(killed.glob(".*.parquet.*")) and process.poll() is None:
-            time.sleep(0.01)
+        while not (killed / "state-0.json").exists() and process.poll() is None:
+            time.sleep(0.01)  # its model is open, its shard is not done
         process.send_signal(signal.SIGKILL)
-    left = len(list(killed.glob("*[0-9].parquet")))
+    left = len(list(killed.glob("features/*.parquet")))
     subprocess.run(ours(folder, shards, killed), check=True, env=environment)
-    both = [
-        subprocess.Popen(ours(folder, shards, shared, share=share), env=environment)
-        for share in ("1/2", "2/2")
-    ]
-    if any(process.wait() for process in both):
-        sys.exit("a process that shares the shards failed")
-    expected = {file.name: file.read_bytes() for file in whole.glob("*.parquet")}
+    subprocess.run(ours(folder, shards, shared, ranks=2), check=True, env=environment)
+    expected = {file.name: file.read_bytes() for file in whole.glob("features/*.parquet")}
     for out in (killed, shared):
-        if {file.name: file.read_bytes() for file in out.glob("*.parquet")} != expected:
+        if {file.name: file.read_bytes() for file in out.glob("features/*.parquet")} != expected:
             sys.exit(f"{out.name} differs")
-    print(f"killed after {left} of {len(expected)} shards, and two processes: the same bytes")
+    print(f"killed after {left} of {len(expected)} shards, and two ranks: the same bytes")
 
 
 if __name__ == "__main__":
