@@ -172,7 +172,7 @@ def new_merge_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
     }
     for role, mark in graph.find_step(MERGE).inputs.items():  # sidecars and lists, as they are
         name, dot, _ = role.partition(".")
-        if dot and name in {*files, "blocklists"}:
+        if dot and name in {*files, "blocklists", "balance"}:
             inputs[role] = mark
     inputs[Role.GIVEN] = _mark_given(recipe.registry.model_name, given)
     return merge_step(graph.site, config, inputs, files, given)

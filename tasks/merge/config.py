@@ -22,6 +22,7 @@ CLEANED = "laion/relaion2B-en-research-safe"
 OLD_COLUMNS = {"URL", "TEXT"}
 """Every edition of before the withdrawal has them; Re-LAION has `url` and `caption`."""
 STAGE = Stage("merge", 2, tools=("duckdb",), ignores=("engine", "partitions", "memory_limit"))
+MOST_ENTRIES = 2_000_000
 Policy = Literal["keep", "drop"]
 
 
@@ -181,6 +182,18 @@ class FilterConfig(Config):
         return self
 
 
+class BalanceConfig(Config):
+    """MetaCLIP's balancing: of the rows that no other rule drops, about t stay of each entry that
+    more hold, and none without an entry; all sources of a merge together, before target counts."""
+
+    t: int = Field(gt=0)
+    """Rows of an entry; MetaCLIP's 20,000 for 1.6 billion pairs. What a smaller one keeps is a part
+    of what a larger one keeps."""
+    entries: Annotated[str, Field(min_length=1)] | Annotated[int, Field(gt=0, le=MOST_ENTRIES)]
+    """File with an entry a line, or .json with a list, as MetaCLIP's metadata.json; case counts. A
+    number: so many words and pairs of words that most captions hold (derive_entries.sql)."""
+
+
 class MergeConfig(Config):
     """One merge; `engine`, `partitions` and `memory_limit` alone do not decide its result."""
 
@@ -205,7 +218,9 @@ class MergeConfig(Config):
     """Column of the sources that goes into the rows as `image_hash`, for download.hash_column, from
     which a recipe fills it; a source without it has rows without a hash. Empty: no column."""
 
-    ADDED: ClassVar[tuple[str, ...]] = ("hash_column",)
+    balance: BalanceConfig | None = None
+
+    ADDED: ClassVar[tuple[str, ...]] = ("hash_column", "balance")
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -61,6 +61,8 @@ REASONS = (
     "withdrawn",
     "duplicate_in_source",
     "duplicate_across_sources",
+    "no_entry",
+    "too_frequent",
     "given_before",
     "not_selected",
 )

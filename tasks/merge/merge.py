@@ -37,7 +37,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Made
 from tasks.merge.config import MergeConfig
-from tasks.merge.database import load_statement, open_database
+from tasks.merge.database import execute_query, load_statement, open_database
 from tasks.merge.filters import REASONS, UNREADABLE_LINE
 from tasks.merge.merge_plan import Files, MergePlan, SelectionCut, make_plan, read_cuts, rows_in
 from tasks.merge.metadata_files import file_identity, mark_of
@@ -54,16 +54,16 @@ from tasks.merge.units import (
     read_blocked,
     rows_folder,
     run_chunk,
+    survivor_folders,
 )
 from tasks.progress import Report, report_nothing
 
 Runner = Callable[[Sequence[Chunk]], Iterator[int]]
 """Does the chunks of one phase, here or elsewhere; yields the number of every unit that is done."""
-REPORT = "report.json"
+REPORT, ENTRY_ROWS = "report.json", "entries.json"
 INPUTS = "inputs.json"
 """Source -> marks (`mark_of`) of the files that were merged."""
 REMOVED = "_tmp.removed"
-HISTOGRAMS = "kept/*", "histogram"
 DROPPED = "*/*", "reasons"
 BUCKETS = 1 << BUCKET_BITS
 MOST_NAMED = 1_000
@@ -121,6 +121,8 @@ def merge_sources(
             totals["sources"][file.source]["kept_unjudged"].update(found["unjudged"])
         parts = [path for range_ in plan.list_ranges() for path in files_of_range(plan, *range_)]
         written = rows_in(connection, list(map(str, parts)))
+        if config.balance:
+            totals["balance"] = _report_balance(connection, plan, config.balance.t)
     if written != (selected := sum(cut.selected for cut in cuts)):
         raise RuntimeError(f"{selected} rows selected, {written} written")
     if blocked:
@@ -133,23 +135,25 @@ def merge_sources(
     shutil.rmtree(out / REMOVED)
     unmatched = f", {len(blocked):,} entries of blocklists match no row" if blocked else ""
     report(plan.rows, plan.rows, f"merged{unmatched}")
-    return Made(_flat_counts(totals), (*parts, out / REPORT, out / INPUTS))
+    listed = [out / ENTRY_ROWS] if config.balance else []
+    return Made(_flat_counts(totals), (*parts, *listed, out / REPORT, out / INPUTS))
 
 
 def _run_phases(plan: MergePlan, run: Runner, chunks: int, report: Report) -> None:
     before = 0.0
+    whole = sum(one.share for name, one in PHASES.items() if name == "write" or one.units(plan))
     for name, phase in PHASES.items():
         if name == "write":
             save_cuts(plan)
-        units = phase.units(plan)
+        units, part = phase.units(plan), phase.share / whole
         report(round(before * plan.rows), plan.rows, f"{name}: 0 of {units}")
         # every n-th unit each, so that large files that lie together are shared out
         apart = min(chunks, units, MOST_CHUNKS)
         shared = [Chunk(plan, name, tuple(range(one, units, apart))) for one in range(apart)]
         for done, _ in enumerate(run(shared), 1):
-            share = before + phase.share * done / units
+            share = before + part * done / units
             report(round(share * plan.rows), plan.rows, f"{name}: {done} of {units}")
-        before += phase.share
+        before += part
 
 
 def read_inputs(folder: Path) -> dict[str, set[str]]:
@@ -214,7 +218,9 @@ def save_cuts(plan: MergePlan) -> None:
             if not plan.given:
                 _check_something_is_left(plan, source, reasons)
         histograms = [[0] * BUCKETS for _ in plan.config.sources]
-        for source, bucket, rows in sum_rows(connection, plan, HISTOGRAMS, "source, bucket"):
+        for source, bucket, rows in sum_rows(
+            connection, plan, (survivor_folders(plan), "histogram"), "source, bucket"
+        ):
             histograms[source][bucket] = rows
         cuts = [_cut_source(connection, plan, *found) for found in enumerate(histograms)]
     write_atomically(saved, json.dumps(cuts))
@@ -278,7 +284,9 @@ def _sum_totals(
 ) -> dict[str, Any]:
     sources: list[dict[str, Any]] = []
     overlaps = _count_overlaps(connection, plan)
-    passed = Counter(dict(sum_rows(connection, plan, HISTOGRAMS, "source")))
+    passed = Counter(
+        dict(sum_rows(connection, plan, (survivor_folders(plan), "histogram"), "source"))
+    )
     for number, dropped in enumerate(dropped_rows(connection, plan)):
         settings, files = plan.config.sources[number], plan.of_source(number)
         rows = sum(file.rows for file in files)
@@ -324,12 +332,26 @@ def _sum_totals(
 def _count_overlaps(connection: DuckDBPyConnection, plan: MergePlan) -> list[dict[str, int]]:
     """Of every source: how many of its surviving addresses each later source has too."""
     counts = [Counter[str]() for _ in plan.config.sources]
-    columns = "source, reason, others"
-    for source, reason, others, rows in sum_rows(connection, plan, ("kept/*", "reasons"), columns):
+    found = sum_rows(
+        connection, plan, (survivor_folders(plan), "reasons"), "source, reason, others"
+    )
+    for source, reason, others, rows in found:
         for number, other in enumerate(plan.config.sources):
             if reason is None and others >> number & 1:
                 counts[source][other.name] += rows
     return [dict(sorted(count.items())) for count in counts]
+
+
+def _report_balance(connection: DuckDBPyConnection, plan: MergePlan, t: int) -> dict[str, Any]:
+    """What the report says of entries; writes how many rows hold each."""
+    entries = find_tables(plan, "counted/*", "entries")
+    rows = "SELECT entry, rows FROM read_parquet($entries) ORDER BY number"
+    held = dict(connection.execute(rows, {"entries": entries}).fetchall())
+    write_atomically(plan.out / ENTRY_ROWS, json.dumps(held, indent=1, ensure_ascii=False) + "\n")
+    parameters = {"entries": entries, "kept_at": find_tables(plan, "balanced/*", "kept_at"), "t": t}
+    found = execute_query(connection, load_statement("balance_report"), parameters)
+    [report] = found.to_arrow_table().to_pylist()
+    return dict(report)
 
 
 def _flat_counts(totals: Mapping[str, Any]) -> dict[str, int]:
@@ -343,4 +365,7 @@ def _flat_counts(totals: Mapping[str, Any]) -> dict[str, int]:
         counts |= {f"{prefix}dropped.{one}": rows for one, rows in part["dropped"].items() if rows}
         for place, sidecar in enumerate(part.get("sidecars", ())):
             counts[f"{prefix}sidecar{place}.matched"] = sidecar["matched"]
+    if found := totals.get("balance"):
+        counts |= {f"balance.{name}": n for name, n in found.items() if isinstance(n, int)}
+        counts |= {f"balance.kept_at.{one['t']}": one["rows"] for one in found["kept_at"]}
     return counts

@@ -20,6 +20,7 @@ from duckdb import DuckDBPyConnection
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
+from tasks.merge.balance import read_entries
 from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConfig
 from tasks.merge.database import explain_read_errors, open_database
 from tasks.merge.metadata_files import find_metadata, format_of, outside_files
@@ -186,7 +187,8 @@ def make_plan(
     empty source, unless files of what was `given` before say that there may be nothing new.
     """
     paths = [str(path) for paths in files.values() for path in paths]
-    beside = [one.files for one in outside_files(config) if not one.role.startswith("blocklists.")]
+    lists = ("blocklists.", "balance.")
+    beside = [one.files for one in outside_files(config) if not one.role.startswith(lists)]
     outside = [*paths, *given, *beside]
     with open_database(out / "_tmp" / "spill", memory_limit, threads, outside) as connection:
         sidecars: list[Sidecar] = []
@@ -220,6 +222,8 @@ def make_plan(
                 f"column; their columns are {', '.join(sorted(known_columns))}"
             )
         editions = _list_editions(connection, config)
+        if config.balance and isinstance(config.balance.entries, str):
+            read_entries(config.balance.entries)  # a mistake in it is not found after hours
     rows = sum(file.rows for file in found)
     partitions = config.partitions or min(MOST_PARTITIONS, max(1, -(-rows // ROWS_PER_PARTITION)))
     shared = (tuple(found), tuple(sidecars), editions, partitions)

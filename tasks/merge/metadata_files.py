@@ -64,6 +64,8 @@ def outside_files(config: MergeConfig) -> Iterator[Outside]:
     for kind, paths in config.filters.blocklists:
         for number, path in enumerate(paths):
             yield Outside(f"blocklists.{kind}.{number}", f"filters.blocklists.{kind}", path)
+    if config.balance and isinstance(config.balance.entries, str):
+        yield Outside("balance.entries", "balance.entries", config.balance.entries)
 
 
 def file_identity(path: str) -> tuple[str, ...]:

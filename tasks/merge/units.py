@@ -11,19 +11,20 @@ same time, in processes or on machines that share the folder.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
 from evaclip_model.files import replace_file, write_atomically
+from tasks.merge.balance import MARKS, pairs_statement, read_entries
 from tasks.merge.blocklists import BLOCKED_TABLES, read_lists
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import (
@@ -50,6 +51,8 @@ from tasks.merge.schema import (
 )
 from tasks.merge.shuffle import (
     BUCKET_BITS,
+    TEXT,
+    TEXTS,
     is_alone,
     read_keys,
     read_rows,
@@ -74,13 +77,21 @@ REPEATED = ["source", "also_in"]
 """Columns whose values repeat; for others a dictionary would only cost time."""
 
 
+DEDUPED = ("reasons", "histogram", "survivors")
+"""Statements on the table `deduped`: counts, and the rows that stay."""
+SAMPLED_ROWS = 1_000_000
+"""Of all that are read; of those among them that stay, the captions make entries."""
+MakeUnit = Callable[[DuckDBPyConnection, MergePlan, int], None]
+MakeInFolder = Callable[[DuckDBPyConnection, MergePlan, int, Path], None]
+
+
 class Phase(NamedTuple):
     """Units of one kind."""
 
     units: Callable[[MergePlan], int]
-    make: Callable[[DuckDBPyConnection, MergePlan, int], None]
+    make: MakeUnit
     share: float
-    """Of the whole merge's time, measured."""
+    """Of the time of a merge that does not balance, measured."""
 
 
 class Chunk(NamedTuple):
@@ -278,8 +289,23 @@ def rows_folder(plan: MergePlan, file: MetadataFile) -> Path:
     return plan.temporary / "rows" / f"{file.number:06d}"
 
 
-def _dedupe_partition(connection: DuckDBPyConnection, plan: MergePlan, part: int) -> None:
-    make_once(plan.temporary / f"kept/{part:06d}", partial(_dedupe_keys, connection, plan, part))
+def _once(make: MakeInFolder, name: str) -> MakeUnit:
+    """A phase's `make` whose units fill a folder each below one of this name."""
+
+    def make_unit(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
+        make_once(plan.temporary / f"{name}/{number:06d}", partial(make, connection, plan, number))
+
+    return make_unit
+
+
+def _copy_tables(
+    connection: DuckDBPyConnection, folder: Path, names: Iterable[str], **parameters: Any
+) -> None:
+    """Write what each of these statements finds into a file of its name."""
+    for name in names:
+        statement = copy_statement(load_statement(name), "CODEC uncompressed")
+        parameters["target"] = str(folder / f"{name}.parquet")
+        execute_query(connection, statement, parameters)
 
 
 def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, folder: Path) -> None:
@@ -292,15 +318,7 @@ def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, fol
     connection.register("part_keys", part_keys)
     execute_query(connection, load_statement("dedupe", keys=query), parameters)
     connection.unregister("part_keys")
-    for name, query in {
-        "reasons": "SELECT source, reason, others, count(*) AS rows FROM deduped "
-        "WHERE reason IS NOT NULL OR others <> 0 GROUP BY ALL",
-        "histogram": "SELECT source, bucket, count(*) AS rows FROM deduped "
-        "WHERE reason IS NULL GROUP BY ALL",
-        "rows": "SELECT * EXCLUDE reason FROM deduped WHERE reason IS NULL",
-    }.items():
-        statement = copy_statement(query, "CODEC uncompressed")
-        connection.execute(statement, {"target": str(folder / f"{name}.parquet")})
+    _copy_tables(connection, folder, DEDUPED)
     connection.execute("DROP TABLE deduped")
 
 
@@ -334,7 +352,68 @@ def part_of_key(plan: MergePlan, key: str | None) -> int:
 
 def kept_in(plan: MergePlan, part: int) -> str:
     """The file of the rows of a partition that stay."""
-    return str(plan.temporary / f"kept/{part:06d}/rows.parquet")
+    return str(plan.temporary / survivor_folders(plan, f"{part:06d}") / "survivors.parquet")
+
+
+def survivor_folders(plan: MergePlan, part: str = "*") -> str:
+    """The folders of what selection chooses from."""
+    return f"{'balanced' if plan.config.balance else 'kept'}/{part}"
+
+
+def _read_survivors(plan: MergePlan, part: int, last_bucket: int = 1 << BUCKET_BITS) -> pa.Table:
+    """The rows of a partition that deduplication leaves, numbered, with URL and caption."""
+    path = plan.temporary / f"kept/{part:06d}/survivors.parquet"
+    rows = pq.ParquetFile(path).read().filter(pc.field("bucket") <= last_bucket)
+    for column in _read_places(plan, plan.files, part, rows, "texts", "url", "caption"):
+        rows = rows.append_column(*column)
+    return rows.append_column("row", pa.array(np.arange(len(rows), dtype=np.int32)))
+
+
+def _list_entries(connection: DuckDBPyConnection, plan: MergePlan, _: int, folder: Path) -> None:
+    wanted = plan.config.balance and plan.config.balance.entries
+    if isinstance(wanted, str):
+        entries = read_entries(wanted)
+    else:
+        last = (SAMPLED_ROWS << BUCKET_BITS) // max(1, plan.rows)
+        parts = range(min(plan.partitions, (last * plan.partitions >> BUCKET_BITS) + 1))
+        captions = (_read_survivors(plan, part, last).select(["caption"]) for part in parts)
+        connection.register("captions", pa.concat_tables(captions))
+        parameters = {"wanted": wanted, "marks": MARKS}
+        derived = execute_query(connection, load_statement("derive_entries"), parameters)
+        entries = [entry for (entry,) in derived.fetchall()]
+    numbers = np.arange(len(entries), dtype=np.int32)
+    connection.register("listed", pa.table({"number": numbers, "entry": pa.array(entries, TEXT)}))
+    _copy_tables(connection, folder, ("listed", "prefixes"))
+
+
+def _match_entries(
+    connection: DuckDBPyConnection, plan: MergePlan, part: int, folder: Path
+) -> None:
+    # Joins as they are written, with captions' words on the left: nothing tells how many they are.
+    as_written = (
+        "SET disabled_optimizers = 'statistics_propagation,build_side_probe_side,join_order'"
+    )
+    connection.execute(as_written)
+    connection.register("part_rows", _read_survivors(plan, part))
+    prefixes = {"prefixes": find_tables(plan, "listed/*", "prefixes")}
+    depths = "SELECT coalesce(max(depth), 0) + 1 FROM read_parquet($prefixes)"
+    [[most_words]] = connection.execute(depths, prefixes).fetchall()
+    execute_query(connection, pairs_statement(most_words), {"marks": MARKS, **prefixes})
+    _copy_tables(connection, folder, ("matched", "found", "held"))
+
+
+def _sum_held(connection: DuckDBPyConnection, plan: MergePlan, _: int, folder: Path) -> None:
+    listed, held = (find_tables(plan, "*/*", name) for name in ("listed", "held"))
+    _copy_tables(connection, folder, ["entries"], listed=listed, held=held)
+
+
+def _balance_rows(connection: DuckDBPyConnection, plan: MergePlan, part: int, folder: Path) -> None:
+    t = plan.config.balance and plan.config.balance.t
+    parameters: dict[str, Any] = {"t": t, "entries": find_tables(plan, "counted/*", "entries")}
+    for name in ("matched", "found"):
+        parameters[name] = find_tables(plan, f"matched/{part:06d}", name)
+    execute_query(connection, load_statement("balance"), parameters)
+    _copy_tables(connection, folder, (*DEDUPED, "kept_at"), t=t)
 
 
 def files_of_range(plan: MergePlan, source: int, number: int) -> list[Path]:
@@ -386,17 +465,9 @@ def _choose_rows(
     parameters = {"kept": kept_in(plan, part), "source": source, "last": last, "after": after}
     statement = load_statement("chosen", after=beyond)
     places = execute_query(connection, statement, parameters).fetchnumpy()
-    files = plan.of_source(source)
-    keys = [read_rows(rows_folder(plan, file), "keys", part) for file in files]
-    texts = [read_rows(rows_folder(plan, file), "texts", part) for file in files]
-    # A row's `place` counts within its file; the tables of all files are put one after another.
-    begins = np.cumsum([0, *map(len, keys)])[:-1]
-    indices = begins[places["file"] - files[0].number] + places["place"]
-    narrow = pa.concat_tables(keys).select(["original_id", "similarity"])
-    wide = pa.concat_tables(texts)
-    del keys, texts
-    rows = _take_rows(wide, indices), _take_rows(narrow, indices)
-    columns = {name: table.column(name) for table in rows for name in table.column_names}
+    found = plan, plan.of_source(source), part, places
+    columns = dict(_read_places(*found, "texts", *TEXTS.names))
+    columns |= dict(_read_places(*found, "keys", "original_id", "similarity"))
     columns["others"] = pa.chunked_array([pa.array(places["others"])])
     connection.register("chosen", pa.table(columns))
     sources = [settings.name for settings in plan.config.sources]
@@ -410,16 +481,39 @@ def _choose_rows(
     return pa.table({name: columns[name] for name in schema.names}).cast(schema)
 
 
-def _take_rows(table: pa.Table, indices: npt.NDArray[np.int64]) -> pa.Table:
-    """Rows of a table, copied; its chunks are joined first, as their rows lie anywhere."""
-    return table.combine_chunks().take(pa.array(indices))
+def _read_places(
+    plan: MergePlan, files: Sequence[MetadataFile], part: int, places: Any, kind: str, *names: str
+) -> Iterator[tuple[str, pa.ChunkedArray]]:
+    """Columns of the rows of a partition that `places` names by `file` and `place` in them."""
+    tables = [read_rows(rows_folder(plan, file), kind, part).select(names) for file in files]
+    begins = np.cumsum([0, *map(len, tables)])[:-1]
+    indices = begins[np.asarray(places["file"]) - files[0].number] + np.asarray(places["place"])
+    # Chunks are joined first, as their rows lie anywhere.
+    rows = pa.concat_tables(tables).combine_chunks().take(pa.array(indices))
+    yield from zip(names, rows.columns, strict=True)
 
 
 PHASES: Mapping[str, Phase] = {
     "split_keys": Phase(lambda plan: len(list(list_splits(plan))), _split_keys, 0.0),
     "join_sidecars": Phase(lambda plan: len(plan.sidecars) * plan.partitions, _join_sidecars, 0.0),
     "scan": Phase(lambda plan: len(plan.files), _scan_file, 0.5),
-    "dedupe": Phase(lambda plan: plan.partitions, _dedupe_partition, 0.2),
+    "dedupe": Phase(lambda plan: plan.partitions, _once(_dedupe_keys, "kept"), 0.2),
+    "list": Phase(
+        lambda plan: int(plan.config.balance is not None), _once(_list_entries, "listed"), 0.0
+    ),
+    "match": Phase(
+        lambda plan: plan.partitions * (plan.config.balance is not None),
+        _once(_match_entries, "matched"),
+        2.0,
+    ),
+    "count": Phase(
+        lambda plan: int(plan.config.balance is not None), _once(_sum_held, "counted"), 0.0
+    ),
+    "balance": Phase(
+        lambda plan: plan.partitions * (plan.config.balance is not None),
+        _once(_balance_rows, "balanced"),
+        0.6,
+    ),
     "write": Phase(lambda plan: len(plan.list_ranges()), _write_range, 0.3),
 }
 """In order: every phase reads what the ones before have made."""

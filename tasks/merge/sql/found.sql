@@ -1,0 +1,2 @@
+-- One partition: which row holds which entry.
+FROM pairs

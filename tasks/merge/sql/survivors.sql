@@ -1,0 +1,2 @@
+-- One partition: the rows of `deduped` that stay.
+SELECT * EXCLUDE reason FROM deduped WHERE reason IS NULL
