@@ -289,7 +289,7 @@ def merge_step(
 
     targets = [source.target_count for source in config.sources]
     rows = f"{sum(t for t in targets if t):,} rows" if all(targets) else "every row that passes"
-    what = f"at most {rows} from {len(targets)} sources"
+    what = f"at most {rows} from {len(targets)} sources" + ", balanced" * bool(config.balance)
     record = Record(outside=partial(describe_sources, config=config))
     return Step(site.root, MERGE, config, inputs, make, what, marks.absent, record)
 

@@ -34,6 +34,7 @@ LARGE_ROWS = 1_000_000  # from here on an estimate is worth its lines
 METADATA_BYTES_PER_ROW = 222  # Re-LAION-2B: 467 GB of parquet for 2.1 billion rows
 MERGE_ROWS_PER_CPU_S = 320_000
 """`make bench-merge`: 314,000 to 324,000 at 5 to 20 million rows, two threads."""
+BALANCED_ROWS_PER_CPU_S = 80_000  # of those that pass; `make bench-balance`
 WAITING_BYTES = 245
 """Temporary disk of a row read, until its partition is written; `make bench-merge`."""
 URLS_PER_MACHINE_S = 1_000
@@ -86,6 +87,9 @@ def estimate_data(recipe: Recipe) -> Iterator[Line]:
     yield Line("metadata", size, f"{METADATA_BYTES_PER_ROW} bytes a row, as Re-LAION-2B")
     origin = f"{MERGE_ROWS_PER_CPU_S:,} rows per CPU-second, make bench-merge"
     yield Line("merge", f"{read / MERGE_ROWS_PER_CPU_S / 3600:,.1f} CPU-hours", origin)
+    if recipe.merge.balance:
+        origin = f"{BALANCED_ROWS_PER_CPU_S:,} rows per CPU-second, make bench-balance"
+        yield Line("balancing", f"{read / BALANCED_ROWS_PER_CPU_S / 3600:,.1f} CPU-hours", origin)
     origin = f"{WAITING_BYTES} bytes a row until it is written, make bench-merge"
     yield Line("merge, temporary disk", f"{read * WAITING_BYTES / 1e9:,.0f} GB", origin)
     yield Line("shards", f"{-(-wanted // per_shard):,}", f"{per_shard:,} rows each")

@@ -19,7 +19,10 @@ def read_entries(path: str) -> list[str]:
     where = f"merge.balance.entries: {path}"
     try:
         text = read_text(path)
-        found = list(json.loads(text)) if path.endswith(".json") else text.split("\n")
+        found = json.loads(text) if path.endswith(".json") else text.split("\n")
+        if not isinstance(found, list | dict):
+            raise TypeError("it is no list")
+        "".join(map(str, found)).encode()  # JSON can say halves of characters
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"{where} cannot be read ({shorten_error(error)}): name a text file (UTF-8) with one "

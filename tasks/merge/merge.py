@@ -54,7 +54,6 @@ from tasks.merge.units import (
     read_blocked,
     rows_folder,
     run_chunk,
-    survivor_folders,
 )
 from tasks.progress import Report, report_nothing
 
@@ -64,6 +63,7 @@ REPORT, ENTRY_ROWS = "report.json", "entries.json"
 INPUTS = "inputs.json"
 """Source -> marks (`mark_of`) of the files that were merged."""
 REMOVED = "_tmp.removed"
+HISTOGRAMS = "*/*", "histogram"
 DROPPED = "*/*", "reasons"
 BUCKETS = 1 << BUCKET_BITS
 MOST_NAMED = 1_000
@@ -135,8 +135,8 @@ def merge_sources(
     shutil.rmtree(out / REMOVED)
     unmatched = f", {len(blocked):,} entries of blocklists match no row" if blocked else ""
     report(plan.rows, plan.rows, f"merged{unmatched}")
-    listed = [out / ENTRY_ROWS] if config.balance else []
-    return Made(_flat_counts(totals), (*parts, *listed, out / REPORT, out / INPUTS))
+    outputs = (*parts, *out.glob(ENTRY_ROWS), out / REPORT, out / INPUTS)
+    return Made(_flat_counts(totals), outputs)
 
 
 def _run_phases(plan: MergePlan, run: Runner, chunks: int, report: Report) -> None:
@@ -218,9 +218,7 @@ def save_cuts(plan: MergePlan) -> None:
             if not plan.given:
                 _check_something_is_left(plan, source, reasons)
         histograms = [[0] * BUCKETS for _ in plan.config.sources]
-        for source, bucket, rows in sum_rows(
-            connection, plan, (survivor_folders(plan), "histogram"), "source, bucket"
-        ):
+        for source, bucket, rows in sum_rows(connection, plan, HISTOGRAMS, "source, bucket"):
             histograms[source][bucket] = rows
         cuts = [_cut_source(connection, plan, *found) for found in enumerate(histograms)]
     write_atomically(saved, json.dumps(cuts))
@@ -284,9 +282,7 @@ def _sum_totals(
 ) -> dict[str, Any]:
     sources: list[dict[str, Any]] = []
     overlaps = _count_overlaps(connection, plan)
-    passed = Counter(
-        dict(sum_rows(connection, plan, (survivor_folders(plan), "histogram"), "source"))
-    )
+    passed = Counter(dict(sum_rows(connection, plan, HISTOGRAMS, "source")))
     for number, dropped in enumerate(dropped_rows(connection, plan)):
         settings, files = plan.config.sources[number], plan.of_source(number)
         rows = sum(file.rows for file in files)
@@ -332,10 +328,8 @@ def _sum_totals(
 def _count_overlaps(connection: DuckDBPyConnection, plan: MergePlan) -> list[dict[str, int]]:
     """Of every source: how many of its surviving addresses each later source has too."""
     counts = [Counter[str]() for _ in plan.config.sources]
-    found = sum_rows(
-        connection, plan, (survivor_folders(plan), "reasons"), "source, reason, others"
-    )
-    for source, reason, others, rows in found:
+    columns = "source, reason, others"
+    for source, reason, others, rows in sum_rows(connection, plan, ("kept/*", "reasons"), columns):
         for number, other in enumerate(plan.config.sources):
             if reason is None and others >> number & 1:
                 counts[source][other.name] += rows
@@ -350,8 +344,7 @@ def _report_balance(connection: DuckDBPyConnection, plan: MergePlan, t: int) -> 
     write_atomically(plan.out / ENTRY_ROWS, json.dumps(held, indent=1, ensure_ascii=False) + "\n")
     parameters = {"entries": entries, "kept_at": find_tables(plan, "balanced/*", "kept_at"), "t": t}
     found = execute_query(connection, load_statement("balance_report"), parameters)
-    [report] = found.to_arrow_table().to_pylist()
-    return dict(report)
+    return dict(found.to_arrow_table().to_pylist()[0])
 
 
 def _flat_counts(totals: Mapping[str, Any]) -> dict[str, int]:

@@ -77,21 +77,22 @@ REPEATED = ["source", "also_in"]
 """Columns whose values repeat; for others a dictionary would only cost time."""
 
 
-DEDUPED = ("reasons", "histogram", "survivors")
-"""Statements on the table `deduped`: counts, and the rows that stay."""
+DEDUPED = ("histogram", "reasons", "survivors")
+"""Statements on the table `deduped`; a histogram is made once, of what selection chooses from."""
 SAMPLED_ROWS = 1_000_000
-"""Of all that are read; of those among them that stay, the captions make entries."""
-MakeUnit = Callable[[DuckDBPyConnection, MergePlan, int], None]
-MakeInFolder = Callable[[DuckDBPyConnection, MergePlan, int, Path], None]
+"""Rows, of those read, whose captions make entries if they stay."""
 
 
 class Phase(NamedTuple):
     """Units of one kind."""
 
     units: Callable[[MergePlan], int]
-    make: MakeUnit
+    make: Callable[..., None]
+    """Called with connection, plan, the unit's number, and its own folder where there is one."""
     share: float
     """Of the time of a merge that does not balance, measured."""
+    folder: str = ""
+    """Below which every unit has one."""
 
 
 class Chunk(NamedTuple):
@@ -112,7 +113,11 @@ def run_chunk(chunk: Chunk) -> Iterator[int]:
         if plan.partitions > 100:
             connection.execute(f"SET partitioned_write_max_open_files = {plan.partitions + 1}")
         for number in chunk.numbers:
-            phase.make(connection, plan, number)
+            make = partial(phase.make, connection, plan, number)
+            if phase.folder:
+                make_once(plan.temporary / f"{phase.folder}/{number:06d}", make)
+            else:
+                make()
             yield number
 
 
@@ -289,15 +294,6 @@ def rows_folder(plan: MergePlan, file: MetadataFile) -> Path:
     return plan.temporary / "rows" / f"{file.number:06d}"
 
 
-def _once(make: MakeInFolder, name: str) -> MakeUnit:
-    """A phase's `make` whose units fill a folder each below one of this name."""
-
-    def make_unit(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
-        make_once(plan.temporary / f"{name}/{number:06d}", partial(make, connection, plan, number))
-
-    return make_unit
-
-
 def _copy_tables(
     connection: DuckDBPyConnection, folder: Path, names: Iterable[str], **parameters: Any
 ) -> None:
@@ -318,7 +314,7 @@ def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, fol
     connection.register("part_keys", part_keys)
     execute_query(connection, load_statement("dedupe", keys=query), parameters)
     connection.unregister("part_keys")
-    _copy_tables(connection, folder, DEDUPED)
+    _copy_tables(connection, folder, DEDUPED[bool(plan.config.balance) :])
     connection.execute("DROP TABLE deduped")
 
 
@@ -352,12 +348,8 @@ def part_of_key(plan: MergePlan, key: str | None) -> int:
 
 def kept_in(plan: MergePlan, part: int) -> str:
     """The file of the rows of a partition that stay."""
-    return str(plan.temporary / survivor_folders(plan, f"{part:06d}") / "survivors.parquet")
-
-
-def survivor_folders(plan: MergePlan, part: str = "*") -> str:
-    """The folders of what selection chooses from."""
-    return f"{'balanced' if plan.config.balance else 'kept'}/{part}"
+    folder = "balanced" if plan.config.balance else "kept"
+    return str(plan.temporary / f"{folder}/{part:06d}/survivors.parquet")
 
 
 def _read_survivors(plan: MergePlan, part: int, last_bucket: int = 1 << BUCKET_BITS) -> pa.Table:
@@ -386,24 +378,18 @@ def _list_entries(connection: DuckDBPyConnection, plan: MergePlan, _: int, folde
     _copy_tables(connection, folder, ("listed", "prefixes"))
 
 
-def _match_entries(
-    connection: DuckDBPyConnection, plan: MergePlan, part: int, folder: Path
-) -> None:
-    # Joins as they are written, with captions' words on the left: nothing tells how many they are.
-    as_written = (
-        "SET disabled_optimizers = 'statistics_propagation,build_side_probe_side,join_order'"
-    )
-    connection.execute(as_written)
+def _match_rows(connection: DuckDBPyConnection, plan: MergePlan, part: int, folder: Path) -> None:
+    connection.execute(load_statement("as_written"))
     connection.register("part_rows", _read_survivors(plan, part))
     prefixes = {"prefixes": find_tables(plan, "listed/*", "prefixes")}
-    depths = "SELECT coalesce(max(depth), 0) + 1 FROM read_parquet($prefixes)"
-    [[most_words]] = connection.execute(depths, prefixes).fetchall()
+    [[most_words]] = connection.execute(load_statement("most_words"), prefixes).fetchall()
     execute_query(connection, pairs_statement(most_words), {"marks": MARKS, **prefixes})
     _copy_tables(connection, folder, ("matched", "found", "held"))
+    connection.unregister("part_rows")
 
 
 def _sum_held(connection: DuckDBPyConnection, plan: MergePlan, _: int, folder: Path) -> None:
-    listed, held = (find_tables(plan, "*/*", name) for name in ("listed", "held"))
+    listed, held = find_tables(plan, "listed/*", "listed"), find_tables(plan, "matched/*", "held")
     _copy_tables(connection, folder, ["entries"], listed=listed, held=held)
 
 
@@ -497,22 +483,14 @@ PHASES: Mapping[str, Phase] = {
     "split_keys": Phase(lambda plan: len(list(list_splits(plan))), _split_keys, 0.0),
     "join_sidecars": Phase(lambda plan: len(plan.sidecars) * plan.partitions, _join_sidecars, 0.0),
     "scan": Phase(lambda plan: len(plan.files), _scan_file, 0.5),
-    "dedupe": Phase(lambda plan: plan.partitions, _once(_dedupe_keys, "kept"), 0.2),
-    "list": Phase(
-        lambda plan: int(plan.config.balance is not None), _once(_list_entries, "listed"), 0.0
-    ),
+    "dedupe": Phase(lambda plan: plan.partitions, _dedupe_keys, 0.2, "kept"),
+    "list": Phase(lambda plan: bool(plan.config.balance), _list_entries, 0.0, "listed"),
     "match": Phase(
-        lambda plan: plan.partitions * (plan.config.balance is not None),
-        _once(_match_entries, "matched"),
-        2.0,
+        lambda plan: bool(plan.config.balance) * plan.partitions, _match_rows, 2.0, "matched"
     ),
-    "count": Phase(
-        lambda plan: int(plan.config.balance is not None), _once(_sum_held, "counted"), 0.0
-    ),
+    "count": Phase(lambda plan: bool(plan.config.balance), _sum_held, 0.0, "counted"),
     "balance": Phase(
-        lambda plan: plan.partitions * (plan.config.balance is not None),
-        _once(_balance_rows, "balanced"),
-        0.6,
+        lambda plan: bool(plan.config.balance) * plan.partitions, _balance_rows, 0.6, "balanced"
     ),
     "write": Phase(lambda plan: len(plan.list_ranges()), _write_range, 0.3),
 }

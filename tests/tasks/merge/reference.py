@@ -9,6 +9,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -186,16 +187,19 @@ def merge(
     has: Mapping[str, set[str]],
     lists: Blocked = NOTHING_BLOCKED,
     cleaned: Mapping[str, set[str]] | None = None,
+    entries: Sequence[str] = (),
 ) -> tuple[dict[str, list[Row]], dict[str, Counter[str]]]:
     """(selected rows of every source in order, dropped rows of every source by reason).
 
     `rows`: source name -> files -> rows with common names; `has`: the columns a source has;
-    `cleaned`: source name -> addresses of the edition it is compared with.
+    `cleaned`: source name -> addresses of the edition it is compared with; `entries`: by which
+    `config.balance` balances.
     """
     compared = cleaned or {}
     survivors: dict[str, dict[str, Candidate]] = {}
     dropped = {source.name: Counter[str]() for source in config.sources}
     taken: set[str] = set()
+    unique: dict[str, list[Candidate]] = {}
     selected: dict[str, list[Candidate]] = {}
     for source in config.sources:
         best: dict[str, Candidate] = {}
@@ -218,7 +222,11 @@ def merge(
         fresh = [value for key, value in best.items() if key not in taken]
         dropped[source.name]["duplicate_across_sources"] += len(best) - len(fresh)
         taken |= set(best)
-        fresh.sort(key=lambda candidate: rank(config.seed, candidate.address))
+        unique[source.name] = fresh
+    if config.balance:
+        balance(unique, dropped, entries, config.balance.t)
+    for source in config.sources:
+        fresh = sorted(unique[source.name], key=lambda one: rank(config.seed, one.address))
         left = fresh[source.skip_count :]
         wanted = source.target_count and math.ceil(source.target_count / source.expected_success)
         chosen = left[:wanted]
@@ -240,6 +248,56 @@ def merge(
         for name, chosen in selected.items()
     }
     return outputs, {name: +counts for name, counts in dropped.items()}
+
+
+def balance(
+    rows: dict[str, list[Candidate]],
+    dropped: Mapping[str, Counter[str]],
+    entries: Sequence[str],
+    t: int,
+) -> None:
+    """Take out of `rows` what MetaCLIP's balancing drops."""
+    everyone = [one for candidates in rows.values() for one in candidates]
+    held = {one.address: held_entries(one.output["caption"], entries) for one in everyone}
+    counts = Counter(entry for found in held.values() for entry in found)
+    for name, candidates in rows.items():
+        kept = []
+        for one in candidates:
+            found = held[one.address]
+            if any(draw(one.output["uid"], entry) * counts[entry] < t for entry in found):
+                kept.append(one)
+            else:
+                dropped[name]["too_frequent" if found else "no_entry"] += 1
+        rows[name] = kept
+
+
+def held_entries(caption: str, entries: Sequence[str]) -> list[str]:
+    """MetaCLIP's published rule: an entry between spaces in the caption between spaces, after
+    spaces are put around its punctuation marks."""
+    spaced = re.sub("([,.;:?!`])", r" \1 ", f" {caption} ")
+    return [entry for entry in entries if f" {entry} " in spaced]
+
+
+def draw(uid: str, entry: str) -> float:
+    """A number in [0, 1) for a row and an entry."""
+    bits = int(uid[:16], 16) ^ int(hashlib.md5(entry.encode()).hexdigest()[:16], 16)
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+    return ((bits ^ bits >> 31) >> 11) / 2**53
+
+
+def derive_entries(captions: Sequence[str], wanted: int) -> list[str]:
+    """The words, and pairs of words side by side, that most of the captions hold."""
+    counts = Counter[str]()
+    for caption in captions:
+        words = re.sub("([,.;:?!`])", r" \1 ", caption).split(" ")
+        runs = {*words, *map(" ".join, pairwise(words))}
+        counts.update(run for run in runs if all(map(_has_letter_or_digit, run.split(" "))))
+    return sorted(counts, key=lambda entry: (-counts[entry], entry.encode()))[:wanted]
+
+
+def _has_letter_or_digit(word: str) -> bool:
+    return any(unicodedata.category(letter)[0] in "LN" for letter in word)
 
 
 def rank(seed: int, address: str) -> str:

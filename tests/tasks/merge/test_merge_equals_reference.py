@@ -11,7 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evaclip_model.errors import InputError
-from tasks.merge.config import BlocklistConfig, FilterConfig, MergeConfig, SourceConfig
+from tasks.merge.config import (
+    BalanceConfig,
+    BlocklistConfig,
+    FilterConfig,
+    MergeConfig,
+    SourceConfig,
+)
 from tasks.merge.filters import REASONS
 from tasks.merge.merge import merge_sources
 from tests.tasks.merge import metadata, reference
@@ -47,6 +53,8 @@ URLS = [
     None,
 ]
 CAPTIONS = ["a cat", "a  cat ", "a\u00a0dog\x00", "no", "", " \n", None, "x" * 40, "drei Bücher"]
+CAPTIONS += ["a cat, a dog", "a cat a dog.", "no:cat;a", "a a a cat"]
+ENTRIES = ["a", "cat", "a cat", "a cat a", "a a", "dog", "Bücher", "cat ,  a", ",", "it's", "A cat"]
 SCORES = [None, 0.0, 0.4, 0.6, 1.0, float("nan")]
 SIMILARITIES = [None, 0.1, 0.3, 0.3, 0.5, -0.2, 6016.0, float("nan")]
 SIDES = [None, 0, 90, 200, 700]
@@ -152,7 +160,7 @@ blocklists = st.builds(
 @st.composite
 def merges(
     draw: st.DrawFn,
-) -> tuple[MergeConfig, dict[str, list[list[dict[str, Any]]]], reference.Blocked]:
+) -> tuple[MergeConfig, dict[str, list[list[dict[str, Any]]]], reference.Blocked, list[str]]:
     names = draw(st.lists(st.sampled_from(list(LAYOUTS)), min_size=1, max_size=3, unique=True))
     content = {
         name: draw(
@@ -175,9 +183,11 @@ def merges(
         filters=draw(filters),
         seed=draw(st.integers(-3, 1 << 40)),
         rows_per_file=draw(st.integers(1, 7)),
+        balance=draw(st.none() | st.just(BalanceConfig(t=draw(st.integers(1, 9)), entries="-"))),
         partitions=draw(st.integers(1, 3)),
     )
-    return config, content, draw(blocklists)
+    entries = draw(st.lists(st.sampled_from(ENTRIES), min_size=1, unique=True))
+    return config, content, draw(blocklists), entries
 
 
 def common_names(name: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -210,15 +220,15 @@ def _number(value: float | None) -> float | None:
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(merges())
 def test_the_merge_equals_a_plain_python_merge_row_by_row(
-    merge: tuple[MergeConfig, dict[str, list[list[dict[str, Any]]]], reference.Blocked],
+    merge: tuple[MergeConfig, dict[str, list[list[dict[str, Any]]]], reference.Blocked, list[str]],
 ) -> None:
-    config, content, lists = merge
+    config, content, lists, entries = merge
     rows = {
         name: [[common_names(name, row) for row in file] for file in files]
         for name, files in content.items()
     }
     has = {name: set(NAMES[name]) for name in content}
-    expected, dropped = reference.merge(config, rows, has, lists)
+    expected, dropped = reference.merge(config, rows, has, lists, entries=entries)
     with tempfile.TemporaryDirectory() as folder:
         paths = {
             name: [
@@ -228,6 +238,11 @@ def test_the_merge_equals_a_plain_python_merge_row_by_row(
             for name, files in content.items()
         }
         config = with_blocklists(config, lists, Path(folder))
+        if config.balance:
+            listed = Path(folder, "entries.txt")
+            listed.write_text("\n".join(entries))
+            balance = config.balance.model_copy(update={"entries": str(listed)})
+            config = config.model_copy(update={"balance": balance})
         out = Path(folder, "out")
         out.mkdir()
         emptied = [name for name, kept in expected.items() if not kept]
@@ -238,7 +253,8 @@ def test_the_merge_equals_a_plain_python_merge_row_by_row(
             return
         assert not emptied
         report = json.loads((out / "report.json").read_text())
-        assert {path.name for path in out.iterdir()} == {*content, "report.json", "inputs.json"}
+        others = {"report.json", "inputs.json"} | ({"entries.json"} if config.balance else set())
+        assert {path.name for path in out.iterdir()} == {*content, *others}
         for source in report["sources"]:
             name = source["name"]
             files = sorted((out / name).iterdir())
