@@ -1,15 +1,16 @@
 """How fast, and in how much memory, a merge balances, beside MetaCLIP's rule in plain Python.
 
-    python tests/benchmarks/bench_balance.py [--rows 20_000_000] [--sample 200_000] [--threads 2]
+    python tests/benchmarks/bench_balance.py [--rows 20_000_000] [--sample 200_000] [--workers 2]
 
 Covers: made-up captions of 3 to 13 words, whose frequencies fall with their rank as a language's do
 (200,000 words), half a million entries of one to four words, 20,000 rows an entry for 1.6 billion
-(`--t` for another). The same merge runs without and with balancing, each in a process of its own;
-the difference is what balancing costs. A sample of captions is judged in plain Python, by the rule
-as MetaCLIP first published it (every entry looked for in the caption; on a thousandth of the
-sample) and as it does now (pyahocorasick's automaton; left out where that is not installed): spaces
-around marks, entries between spaces, a draw an entry. With the merge's counts and draws all of
-them must keep the very rows that the merge kept.
+(`--t` for another). The same merge runs without and with balancing, each in a process of its own
+with so many workers of one thread, as a flow's tasks; the difference is what balancing costs.
+CPU-seconds are those of all of them, user and system, the peak is the largest process's. A sample
+of captions is judged in plain Python, by the rule as MetaCLIP first published it (every entry looked
+for in the caption; on a thousandth of the sample) and as it does now (pyahocorasick's automaton;
+left out where that is not installed): spaces around marks, entries between spaces, a draw an entry.
+With the merge's counts and draws all of them must keep the very rows that the merge kept.
 Not here: correctness in small; see tests/tasks/merge.
 """
 
@@ -18,23 +19,28 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
+import os
 import random
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import duckdb
 
 from tasks.merge.config import MergeConfig
 from tasks.merge.merge import merge_sources
+from tasks.merge.units import Chunk, run_chunk
 from tests.tasks.merge.reference import draw
 
 WORDS = 200_000
 ENTRIES = 500_000
+SPAWN = multiprocessing.get_context("spawn")
 ROWS = """
 SELECT i AS id, 'https://h' || hash(i) % 5000 || '.example.com/' || i || '.jpg' AS url,
   array_to_string(list_transform(range(3 + (hash(i) % 11)::BIGINT), lambda place:
@@ -47,6 +53,8 @@ FROM range($first, $last) AS numbers(i)
 def write_metadata(folder: Path, rows: int, files: int = 8) -> list[Path]:
     found = [folder / f"{number}.parquet" for number in range(files)]
     for number, path in enumerate(found):
+        if path.is_file():
+            continue
         bounds = {"first": rows * number // files, "last": rows * (number + 1) // files}
         with duckdb.connect() as connection:
             connection.execute(
@@ -66,28 +74,40 @@ def write_entries(path: Path) -> list[str]:
     return list(made)
 
 
-def merge_here(folder: Path, t: int, threads: int, memory: str) -> dict[str, float]:
-    """One merge in this process; `t` = 0: without balancing."""
+def in_processes(chunks: Sequence[Chunk]) -> Iterator[int]:
+    """The merge's chunks side by side, each in a process of its own."""
+    if chunks:
+        with ProcessPoolExecutor(len(chunks), SPAWN, initializer=os.setsid) as pool:
+            for done in as_completed([pool.submit(work_through, chunk) for chunk in chunks]):
+                yield from done.result()
+
+
+def work_through(chunk: Chunk) -> list[int]:
+    return list(run_chunk(chunk))
+
+
+def merge_here(folder: Path, t: int, workers: int, memory: str) -> dict[str, float]:
+    """One merge by this process and its workers; `t` = 0: without balancing."""
     balance = {"t": t, "entries": str(folder / "entries.json")} if t else None
     source = {"name": "made", "files": str(folder / "*.parquet")}
     settings = {"sources": [source], "memory_limit": memory, "balance": balance}
     config = MergeConfig.from_mapping(settings, where="benchmark")
     out = folder / f"out-{t}"
     out.mkdir()
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
     files = {"made": sorted(folder.glob("*.parquet"))}
-    made = merge_sources(config, files, out, _show, threads=threads)
+    made = merge_sources(*(config, files, out, _show), threads=1, run=in_processes, chunks=workers)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
-        "cpu_s": time.process_time() - cpu,
+        "cpu_s": sum(one.ru_utime + one.ru_stime for one in used),
         "wall_s": time.perf_counter() - wall,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2,
+        "peak_gb": max(one.ru_maxrss for one in used) / 1024**2,
         "selected": made.counts["selected"],
     }
 
 
 def _show(done: float, total: float, detail: str = "") -> None:
-    if not done or detail.rstrip("0123456789").endswith(": 1 of "):
-        print(f"{time.process_time():8.1f} CPU-s {detail}", file=sys.stderr, flush=True)
+    print(f"\r{done / total:4.0%} {detail:30}", end="", file=sys.stderr, flush=True)
 
 
 def space_marks(caption: str) -> str:
@@ -141,24 +161,26 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=20_000_000)
     options.add_argument("--sample", type=int, default=200_000)
     options.add_argument("--t", type=int)
-    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--workers", type=int, default=2)
     options.add_argument("--memory", default="1GB", help="database's limit")
     options.add_argument("--scratch", type=Path, help="folder for data and spill")
+    options.add_argument("--data", type=Path, help="folder that keeps the metadata for other runs")
     options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = options.parse_args()
     t = arguments.t if arguments.t is not None else max(1, 20_000 * arguments.rows // 1_600_000_000)
     if arguments.folder:
-        found = merge_here(arguments.folder, t, arguments.threads, arguments.memory)
+        found = merge_here(arguments.folder, t, arguments.workers, arguments.memory)
         print(json.dumps(found))
         return
-    with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as made_now:
+        name = str(arguments.data or made_now)
         folder = Path(name)
         write_metadata(folder, arguments.rows)
         entries = write_entries(folder / "entries.json")
         runs = {}
         for which in (0, t):
             command = [sys.executable, __file__, "--folder", name, "--t", str(which)]
-            command += ["--threads", str(arguments.threads), "--memory", arguments.memory]
+            command += ["--workers", str(arguments.workers), "--memory", arguments.memory]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             runs[which] = json.loads(done.stdout.splitlines()[-1])
             print(which, runs[which], flush=True)

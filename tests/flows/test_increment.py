@@ -115,6 +115,23 @@ def test_the_address_changes_with_the_files_content_and_with_what_was_given(
     assert digest(news) != before
 
 
+def test_a_list_of_entries_to_balance_by_is_part_of_the_address(
+    recipe: Recipe, news: News, tmp_path: Path
+) -> None:
+    def digest(entries: str) -> str:
+        listed = tmp_path / "entries.txt"
+        listed.write_text(entries)
+        merge = recipe.merge.model_dump() | {"balance": {"t": 9, "entries": str(listed)}}
+        config = MergeConfig.from_mapping(merge, where="test")
+        balanced = recipe.model_copy(update={"merge_table": config})
+        graph = draw_graph(balanced, tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
+        planned = new_merge_step(balanced, graph, news)
+        assert planned is not None and merge_config(planned).balance == config.balance
+        return planned.digest
+
+    assert digest("cat") == digest("cat") != digest("dog")
+
+
 def test_everything_behind_the_data_has_its_address_before_it_is_made(
     recipe: Recipe, graph: Graph, news: News
 ) -> None:

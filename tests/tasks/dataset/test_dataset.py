@@ -23,10 +23,14 @@ from tasks.dataset.config import DatasetConfig, OutsideFiles
 from tasks.dataset.dataset import Takedowns, _keep_shards, make_dataset
 from tasks.dataset.lists import read_hashes, read_takedowns, takedowns_digest
 from tasks.index.sample_index import ShardVerdict
+from tasks.merge.config import STAGE as MERGE
+from tasks.merge.config import MergeConfig
+from tasks.merge.merge import merge_sources
 from tasks.progress import report_nothing
 from tasks.verify.config import STAGE as VERIFY
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards
+from tests.tasks.merge import metadata
 
 Images = dict[str, bytes]
 
@@ -330,6 +334,30 @@ def test_the_card_says_how_much_there_is_and_what_was_left_out(tmp_path: Path) -
     assert "1 image-text pairs in 1 shards" in card
     assert "| exact_duplicate | 1 |" in card
     assert f"| verify | `{verified.digest}` |" in card
+
+
+def test_the_card_says_how_the_merge_balanced_and_what_another_t_would_keep(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    rows = [{"url": f"https://a.example/{n}", "caption": "a cat"} for n in range(40)]
+    path = metadata.write(tmp_path / "made.parquet", metadata.RELAION, rows)
+    settings = {
+        "sources": [{"name": "made", "files": str(path)}],
+        "balance": {"t": 8, "entries": 1},
+    }
+    config = MergeConfig.from_mapping(settings, where="test")
+    merged = produce_artifact(
+        Address.of(root, MERGE, config),
+        lambda out: merge_sources(config, {"made": [path]}, out, threads=1),
+    )
+    verified = verified_of(root, ("made", {"a0": picture(0)}))
+    out = root / "dataset" / "v"
+    out.mkdir(parents=True)
+    found = [merged, verified]
+    make_dataset(DatasetConfig(), found, OutsideFiles(), Takedowns(), out, report_nothing)
+    card = (out / "card.md").read_text()
+    assert "Balanced: 40 matches of 1 entries, 1 of which more than t = 8 rows hold (40" in card
+    assert f"| 8 | {merged.counts['selected']} |" in card and "| 64 | 40 |" in card
+    assert f"| too_frequent | {40 - merged.counts['selected']} |" in card
 
 
 def test_making_a_manifest_compares_all_rows_once_not_once_a_shard(tmp_path):

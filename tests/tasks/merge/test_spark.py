@@ -76,7 +76,10 @@ def recipe(folder: Path, **changes: object) -> MergeConfig:
 
 @pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not installed")
 @pytest.mark.slow
-def test_spark_gives_the_same_rows_in_the_same_files_as_duckdb(tmp_path: Path) -> None:
+@pytest.mark.parametrize("balance", [None, {"t": 90, "entries": 40}])
+def test_spark_gives_the_same_rows_in_the_same_files_as_duckdb(
+    tmp_path: Path, balance: dict[str, int] | None
+) -> None:
     found = {}
     earlier = tmp_path / "earlier"
     earlier.mkdir()
@@ -84,7 +87,7 @@ def test_spark_gives_the_same_rows_in_the_same_files_as_duckdb(tmp_path: Path) -
     first = MergeConfig(sources=(few,))
     merge_sources(first, find_files(first), earlier, threads=1)
     for engine in ("duckdb", "spark"):
-        config = recipe(tmp_path, engine=engine)
+        config = recipe(tmp_path, engine=engine, balance=balance)
         out = tmp_path / engine
         out.mkdir()
         made = merge_sources(config, find_files(config), out, threads=1, given=[earlier])
@@ -96,7 +99,8 @@ def test_spark_gives_the_same_rows_in_the_same_files_as_duckdb(tmp_path: Path) -
         )
     assert found["spark"] == found["duckdb"]
     counts = found["spark"][3]
-    for reason in ("withdrawn", "not_selected", "duplicate_in_source"):
+    lost = "too_frequent" if balance else "not_selected"
+    for reason in ("withdrawn", lost, "duplicate_in_source"):
         assert counts[f"laion.dropped.{reason}"] > 0
     assert counts["coyo.dropped.duplicate_across_sources"] > 0
     assert counts["coyo.dropped.given_before"] == 20 + 9
