@@ -145,7 +145,8 @@ def _run_phases(plan: MergePlan, run: Runner, chunks: int, report: Report) -> No
     for name, phase in PHASES.items():
         if name == "write":
             save_cuts(plan)
-        units, part = phase.units(plan), phase.share / whole
+        units = phase.units(plan)
+        part = phase.share / whole if units else 0.0
         report(round(before * plan.rows), plan.rows, f"{name}: 0 of {units}")
         # every n-th unit each, so that large files that lie together are shared out
         apart = min(chunks, units, MOST_CHUNKS)

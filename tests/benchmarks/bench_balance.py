@@ -7,10 +7,10 @@ Covers: made-up captions of 3 to 13 words, whose frequencies fall with their ran
 (`--t` for another). The same merge runs without and with balancing, each in a process of its own
 with so many workers of one thread, as a flow's tasks; the difference is what balancing costs.
 CPU-seconds are those of all of them, user and system, the peak is the largest process's. A sample
-of captions is judged in plain Python, by the rule as MetaCLIP first published it (every entry looked
-for in the caption; on a thousandth of the sample) and as it does now (pyahocorasick's automaton;
-left out where that is not installed): spaces around marks, entries between spaces, a draw an entry.
-With the merge's counts and draws all of them must keep the very rows that the merge kept.
+of captions is judged in plain Python, by the rule as MetaCLIP first published it (every entry is
+looked for in the caption; a thousandth of the sample) and as it does now (an automaton of
+pyahocorasick; left out where that is not installed): spaces around marks, entries between spaces, a
+draw an entry. With the merge's counts and draws all must keep the very rows that the merge kept.
 Not here: correctness in small; see tests/tasks/merge.
 """
 
