@@ -21,7 +21,7 @@ def read_entries(path: str) -> list[str]:
         text = read_text(path)
         found = json.loads(text) if path.endswith(".json") else text.split("\n")
         if not isinstance(found, list | dict):
-            raise TypeError("it is no list")
+            raise TypeError("it is not a list")
         "".join(map(str, found)).encode()  # JSON can say halves of characters
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(

@@ -338,7 +338,7 @@ def _count_overlaps(connection: DuckDBPyConnection, plan: MergePlan) -> list[dic
 
 
 def _report_balance(connection: DuckDBPyConnection, plan: MergePlan, t: int) -> dict[str, Any]:
-    """What the report says of entries; writes how many rows hold each."""
+    """The part of the report about entries; writes how many rows hold each."""
     entries = find_tables(plan, "counted/*", "entries")
     rows = "SELECT entry, rows FROM read_parquet($entries) ORDER BY number"
     held = dict(connection.execute(rows, {"entries": entries}).fetchall())

@@ -280,7 +280,7 @@ def test_progress_rises_to_the_number_of_rows_and_names_the_phases(
         ("e.txt", b"cat\n\n dog \ndog\n", "entry 4, 'dog', is entry 3 again: take one out"),
         ("e.txt", b"cat\n" + b"x" * 301, "entry 2 is not a text of at most 300 characters"),
         ("e.json", b'["cat", 7]', "entry 2 is not a text of at most 300 characters"),
-        ("e.json", b'"cat"', "cannot be read .it is no list.*or a .json with a list of texts"),
+        ("e.json", b'"cat"', "cannot be read .it is not a list.*or a .json with a list of texts"),
         ("e.json", b"[", "cannot be read"),
         ("e.json", b"[" * 100_000, "cannot be read"),
         ("e.json", b'["\\ud800"]', "cannot be read"),
