@@ -30,6 +30,7 @@ def temporary_server(root: Path) -> Iterator[None]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # infra/automations.yaml counts on it
         "PREFECT_HOME": str((root / "prefect").resolve()),
     }
     for name, value in quiet.items():

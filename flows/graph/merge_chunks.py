@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 
 from evaclip_model.errors import InputError
@@ -51,7 +50,7 @@ def _is_worth_another_try(task: Any, run: Any, state: Any) -> bool:
 
 @task(
     name="merge-chunk",
-    cache_policy=NO_CACHE,
+    persist_result=False,
     retries=2,
     retry_delay_seconds=5,
     retry_condition_fn=_is_worth_another_try,

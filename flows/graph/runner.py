@@ -17,7 +17,6 @@ from prefect.artifacts import (
     create_progress_artifact,
     update_progress_artifact,
 )
-from prefect.cache_policies import NO_CACHE
 
 from evaclip_model.errors import InputError, escape_control
 from evaclip_model.files import lock_file
@@ -35,7 +34,7 @@ from tasks.tracking import TrackingStore
 PREFECT_EVERY_S = 5.0
 
 
-@task(cache_policy=NO_CACHE)
+@task(retries=0, persist_result=False)
 def run_step(make: Callable[[], Artifact]) -> Artifact:
     """One step of the graph. What it is finished by is its manifest, never Prefect's cache."""
     return make()

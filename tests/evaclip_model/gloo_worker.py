@@ -1,5 +1,7 @@
 """One rank of the gathering over gloo: it fails by itself when a part is not where it belongs."""
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
@@ -7,6 +9,7 @@ from evaclip_model.cpu.gloo_gather import all_gather_into_tensor
 from evaclip_model.training.engine.engine import start_distributed
 
 SIZE = 5
+TIMEOUT_S = 4321
 
 
 def part(rank):
@@ -14,7 +17,7 @@ def part(rank):
 
 
 def main():
-    start_distributed("cpu")
+    start_distributed("cpu", TIMEOUT_S)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     everything = torch.cat([part(number) for number in range(ranks)])
 
@@ -35,8 +38,13 @@ def main():
         assert some.flatten().equal(everything[-2 * SIZE :])
 
     from deepspeed.comm.comm import cdb
+    from deepspeed.utils.groups import _get_data_parallel_group
 
     assert cdb.all_gather_function is all_gather_into_tensor
+    # ZeRO reduces gradients in a group of DeepSpeed's own, which torch gives a default of 10 min.
+    for group in (dist.group.WORLD, _get_data_parallel_group()):
+        options = group._get_backend(torch.device("cpu")).options
+        assert options._timeout == timedelta(seconds=TIMEOUT_S), options._timeout
     dist.destroy_process_group()
 
 

@@ -333,14 +333,15 @@ def start_distributed(device: str, timeout_s: float = 1800) -> None:
     deepspeed.utils.logger.setLevel("WARNING")
     # DeepSpeed calls collectives by names that torch is retiring: once a call, in every log.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    backend = "gloo" if device == "cpu" else "nccl"
-    timeout = timedelta(seconds=timeout_s)
+    backend, timeout = "gloo" if device == "cpu" else "nccl", timedelta(seconds=timeout_s)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if store is None and RANK_STORE in os.environ:
         store = dist.FileStore(os.environ[RANK_STORE], ranks)  # type: ignore[attr-defined]
     if store is not None:  # which DeepSpeed then finds
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
+    # ZeRO reduces in groups of DeepSpeed's own; NCCL's end after 10 minutes where nothing is said.
+    deepspeed.comm.comm.cdb.new_group = lambda of: dist.new_group(of, timeout=timeout)
     if device == "cpu":
         deepspeed.comm.comm.cdb.all_gather_function = all_gather_into_tensor
 
