@@ -164,4 +164,5 @@ def test_the_index_of_a_join_is_that_of_one_verification_of_all(
             pq.read_table(folder / INDEX / f"by_{kind}.parquet")
             for folder in (data.folder, at_once.folder)
         ]
-        assert tables[0].equals(tables[1])
+        # DuckDB 2 marks columns without nulls, in one of them.
+        assert tables[0].cast(tables[1].schema).equals(tables[1])
