@@ -60,6 +60,12 @@ def test_checkpointed_blocks_draw_the_same_random_numbers_again() -> None:
     assert len(drawn) == 2 and drawn[0].equal(drawn[1])
 
 
+def test_torchrun_leaves_starting_ranks_again_to_us() -> None:
+    from torch.distributed.run import get_args_parser
+
+    assert get_args_parser().parse_args(["train.py"]).max_restarts == 0
+
+
 def test_deepspeed_adds_to_our_settings_what_it_added_when_they_were_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
