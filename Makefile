@@ -110,7 +110,7 @@ $(VENV)/.bench: $(STAMP)
 bench-merge: $(VENV)/.bench ## the merge at 5, 10 and 20 million rows beside plain SQL, polars and pandas (40 min, 10 GB)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_merge.py
 
-bench-balance: $(VENV)/.bench ## a merge of 20 million rows without and with balancing, beside MetaCLIP's rule in plain Python; ROWS=500000 for less (15 min, 8 GB)
+bench-balance: $(VENV)/.bench ## a merge of 20 million rows without and with balancing, beside MetaCLIP's rule in plain Python; ROWS=5000000 for less (10 min of CPU, 8 GB)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_balance.py --rows $(or $(ROWS),20000000)
 
 bench-adopt: $(VENV)/.dev ## shards adopted and verified beside webdataset alone reading them; SHARDS=1000 for the whole (1 min)

@@ -34,7 +34,7 @@ LARGE_ROWS = 1_000_000  # from here on an estimate is worth its lines
 METADATA_BYTES_PER_ROW = 222  # Re-LAION-2B: 467 GB of parquet for 2.1 billion rows
 MERGE_ROWS_PER_CPU_S = 320_000
 """`make bench-merge`: 314,000 to 324,000 at 5 to 20 million rows, two threads."""
-BALANCED_ROWS_PER_CPU_S = 80_000  # of those that pass; `make bench-balance`
+BALANCED_ROWS_PER_CPU_S = 85_000  # of those that pass; `make bench-balance`
 WAITING_BYTES = 245
 """Temporary disk of a row read, until its partition is written; `make bench-merge`."""
 URLS_PER_MACHINE_S = 1_000
