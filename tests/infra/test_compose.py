@@ -102,7 +102,7 @@ class Team(Site):
 
     def read_all(self) -> str:
         """Logs, settings and databases of every container, and every text below the root."""
-        texts = "find /runs -type f -size -1M ! -name '*.tar' -exec cat {} +"
+        texts = "find /runs -type f -size -1000k ! -name '*.tar' -exec cat {} +"
         self.type("docker compose logs --no-color")
         self.type("docker inspect $(docker ps --all --quiet)")
         self.type("docker history --no-trunc evaclip:0.1.0")
