@@ -155,7 +155,7 @@ lamb-table: $(VENV)/.dev ## LAMB under ZeRO beside plain LAMB: naive and ours, e
 $(VENV)/.infra: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev infra && touch $@ $(VENV)/.pipeline $(VENV)/.dev
 
-check-infra: $(VENV)/.infra ## infra/ against its validators and real PostgreSQL, S3, Slurm; as root, INSTALL=1 fetches them (11 min)
+check-infra: $(VENV)/.infra ## infra/ against its validators and real PostgreSQL, S3, Slurm, Docker; as root, INSTALL=1 fetches them
 	@PYTHONPATH=. $(PY) tests/infra/check_infra.py $(if $(INSTALL),--install)
 
 acceptance: $(VENV)/.dev ## 60,000 real pictures from URLs to figures, the same from every way of evaluating; needs two Debian packages (20 min)
