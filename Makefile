@@ -65,7 +65,7 @@ test-train-grid: $(VENV)/.dev ## 20 steps on 1, 2, 3 ranks in 1, 2, 4 parts, wit
 $(VENV)/.browser: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev browser && touch $@ $(VENV)/.pipeline $(VENV)/.dev
 
-test-browser: $(VENV)/.browser ## the demo from the form in Prefect's UI to the model in MLflow's; needs chromium-driver (4 min)
+test-browser: $(VENV)/.browser ## the demo from the form in Prefect's UI to the model in MLflow's, the search page; needs chromium-driver (4 min)
 	@$(PY) -m pytest -m slow tests/browser
 
 pictures: $(VENV)/.browser ## the same, and what was on the screen, reports too, into docs/pictures
@@ -180,7 +180,7 @@ bench-noise: $(VENV)/.dev ## what keep_share finds of shuffled captions, and wha
 interval-table: $(VENV)/.dev ## how often the intervals of figures hold the truth, by simulation, as the table of docs/evaluate.md (3 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/interval_coverage.py
 
-up: $(VENV)/.pipeline ## Prefect server and UI, MLflow, and workers with the deployments
+up: $(VENV)/.pipeline ## Prefect server and UI, MLflow, the search page, and workers with the deployments
 	@$(PY) infra/up.py up
 
 down: ## stop what `make up` started

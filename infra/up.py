@@ -1,7 +1,7 @@
-"""Start and stop the lasting servers of one machine: Prefect, MLflow, and two workers.
+"""Start and stop the lasting servers of one machine: Prefect, MLflow, our search, and two workers.
 
 Calling `up`, `down` or `status` twice is the same as calling it once; pid files, logs and the
-secret that both servers ask for are in `<root>/services`. MLflow serves the same database and the
+secret that all servers ask for are in `<root>/services`. MLflow serves the same database and the
 same files as `make demo` writes without a server, so that both see the same runs and models.
 """
 
@@ -33,6 +33,7 @@ POOLS = ("cpu-io", "gpu")
 START_S = 180
 STOP_S = 65  # a worker gives itself 60 s
 SERVERS = {"prefect": (4200, "/api/health"), "mlflow": (5000, "/health")}  # port, page
+SERVERS["search"] = (4300, "/health")
 
 
 class UserError(Exception):
@@ -121,7 +122,7 @@ class Service:
 
 
 def services(options):
-    """(settings of the workers, Prefect, MLflow and the workers), as up.toml has them."""
+    """(settings of the workers; the servers and the workers), as up.toml has them."""
     root = Path(options.root).resolve()
     folder = root / "services"
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,11 +177,10 @@ def secret_in(path):
 
 
 def up(options):
-    settings, (prefect, mlflow, *workers) = services(options)
-    prefect.check_port()
-    mlflow.check_port()
-    prefect.up()
-    mlflow.up()
+    settings, (prefect, mlflow, search, *workers) = services(options)
+    for start in (Service.check_port, Service.up):
+        for server in (prefect, mlflow, search):
+            start(server)
     # A page of ours, among those that the server lays out when it starts.
     shutil.copy(INFRA / "open.html", Path(prefect.log.parent, "prefect-ui", "v1"))
     secret = settings["PREFECT_API_AUTH_STRING"]
@@ -194,13 +194,14 @@ def up(options):
     say(f"\nstart a run: {link}, 'pipeline', Run (links for you alone)")
     for what, page in pages_of_models(mlflow.url, secret):
         say(f"{what}: http://{secret}@{mlflow.url.removeprefix('http://')}/open#/{page}")
+    say(f"search what is embedded: http://{secret}@{search.url.removeprefix('http://')}/open")
     say("stop all: make down")
 
 
 def down(options):
-    settings, (prefect, mlflow, *workers) = services(options)
-    for worker in workers:
-        worker.down()
+    settings, (prefect, mlflow, *others) = services(options)
+    for other in others:
+        other.down()
     if prefect.pid():  # on the port that it was given, not on that of this command
         crash_runs(f"{prefect.noted()['url']}/api", settings["PREFECT_API_AUTH_STRING"])
     mlflow.down()

@@ -38,8 +38,9 @@ class Succession(NamedTuple):
     """Trained on any of them."""
 
 
-def take_down(file: Path, root: Path) -> list[Succession]:
-    """Replace every dataset version under `root` that holds a sample named in `file`."""
+def take_down(file: Path, root: Path, is_dry: bool = False) -> list[Succession]:
+    """Replace every dataset version under `root` that holds a sample named in `file`, or say which:
+    a dry one makes nothing, and has each as its own successor."""
     entries, artifacts = read_takedowns([file]), read_artifacts(root)
     asked = sort_takedowns(entries)
     groups: defaultdict[str, list[Artifact]] = defaultdict(list)
@@ -47,7 +48,9 @@ def take_down(file: Path, root: Path) -> list[Succession]:
         if artifact.kind == STAGE.name:
             parents = {**artifact.parents, Role.TAKEDOWNS: ""}
             groups[json.dumps([parents, artifact.config], sort_keys=True)].append(artifact)
-    made = (_make_successor(one, entries, asked, artifacts, root) for one in groups.values())
+    made = (
+        _make_successor(one, entries, asked, artifacts, root, is_dry) for one in groups.values()
+    )
     return [succession for succession in made if succession is not None]
 
 
@@ -105,6 +108,7 @@ def _make_successor(
     asked: Asked,
     artifacts: Sequence[Artifact],
     root: Path,
+    is_dry: bool,
 ) -> Succession | None:
     """The version that obeys all takedowns of `versions` and `entries`; None if none is needed."""
     verified = data_of(versions[0], artifacts)
@@ -115,6 +119,10 @@ def _make_successor(
     if not holding:
         return None
     old = max(versions, key=lambda version: version.counts["left_out"])
+    models = {m.digest: m for version in holding for m in models_of(version, artifacts)}
+    if is_dry:
+        removed = len(set(wanted) - left_out(old, wanted).keys())
+        return Succession(old, old, removed, tuple(models.values()))
     read = {one.digest: {*(one.folder / TAKEN_DOWN).read_text().splitlines()} for one in versions}
     obeyed = set(entries).union(*read.values())
     others = obeyed - read[old.digest] - set(entries)
@@ -131,5 +139,4 @@ def _make_successor(
     inputs = {**old.parents, Role.TAKEDOWNS: takedowns_digest(obeyed)}
     new = Step(root, STAGE, config, inputs, make).make_artifact(load_profile(), report_nothing)
     removed = int(new.counts["left_out"] - old.counts["left_out"])
-    models = {m.digest: m for version in holding for m in models_of(version, artifacts)}
     return Succession(old, new, removed, tuple(models.values()))

@@ -1,24 +1,36 @@
 """Samples by what they show: text, picture or another sample, through the features of a stage
 `embed`. Not here: the search itself (tasks/embed/search.py), where a sample came from
-(sample_trace.py)."""
+(sample_trace.py), the page (flows/search/search_page.py)."""
 
 import json
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.samples import SampleReader
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
+from evaclip_model.reading.samples import BrokenShard, Sample, SampleReader
 from evaclip_model.reading.urls import is_url
+from flows.audit.sample_trace import find_versions, locate_shard
 from flows.config.profile import Profile
 from flows.graph.outside_data import fetch_models, fingerprint_model
 from tasks.artifacts.artifact import Artifact, Role, read_artifact, read_artifacts
 from tasks.embed.config import STAGE
 from tasks.embed.embed import REPORT
-from tasks.embed.search import Hit, Vector, find_feature, search_features
-from tasks.index.sample_index import SampleIndex, read_verdicts, shard_location
+from tasks.embed.search import (
+    Hit,
+    Searched,
+    Vector,
+    Wanted,
+    read_feature,
+    search_features,
+)
+from tasks.index.sample_index import Kind, SampleIndex, ShardVerdict, read_verdicts
 from tasks.initialise.config import REGISTRY
 from tasks.verify.config import STAGE as VERIFY
 
@@ -30,40 +42,84 @@ class FoundSample(NamedTuple):
     row: dict[str, Any]
     shard: str
     """Path or URL of the tar."""
-    caption: str | None
-    """None where the shard lies at a URL, which is not fetched for it."""
+    pair: Sample | None
+    """None where the shard lies at a URL, which is not fetched for it, or cannot be read now."""
+    versions: dict[str, str | None]
+    """Digest of every dataset version made of its shard -> why it leaves the sample out."""
 
 
-def find_samples(
-    profile: Profile,
-    *,
-    text: str = "",
-    image: Path | None = None,
-    like: str = "",
-    count: int = 10,
-    model: str = "",
-) -> list[FoundSample]:
-    """The samples nearest to a text, a picture or a sample, by `model` or what embedded last."""
-    root = profile.root.resolve()
-    embedded, spec = _choose_artifacts(root, model)
-    mark = embedded[0].parents[Role.SUBJECT]
-    folders = [artifact.folder for artifact in embedded]
-    if like:
-        query = find_feature(folders, like)
-    else:
-        if not spec.startswith(REGISTRY) and fingerprint_model(spec) != mark:
-            raise InputError(f"{spec} is not the model any more that embedded: run `prepare` again")
-        query = _encode_query(fetch_models({spec: spec}, profile)[spec], text, image)
-    if query is None:
-        raise InputError(f"no sample with uid '{like}' was embedded by {spec}")
-    hits = search_features(folders, query, count)
-    data = {one.folder: root / VERIFY.name / one.parents[Role.DATA] for one in embedded}
-    verified = {of: read_artifact(data[of]).folder for of in {hit.folder for hit in hits}}
-    verdicts = {folder: read_verdicts(of) for folder, of in verified.items()}
-    return [
-        _describe_hit(hit, verified[hit.folder], verdicts[hit.folder][hit.shard].path)
-        for hit in hits
-    ]
+class SampleSearch:
+    """The samples that `model`, or what embedded last, embedded, open for searching."""
+
+    def __init__(self, profile: Profile, model: str = "") -> None:
+        self._profile, self._root = profile, profile.root.resolve()
+        embedded, self.model = _choose_artifacts(self._root, model)
+        self._mark = embedded[0].parents[Role.SUBJECT]
+        self._data: dict[Path, tuple[Artifact, list[ShardVerdict]]] = {}
+        self._searched = []
+        for one in embedded:
+            verified = read_artifact(self._root / VERIFY.name / one.parents[Role.DATA])
+            verdicts = read_verdicts(verified.folder)
+            sources = {n: of.shard.source for n, of in enumerate(verdicts) if of.shard}
+            self._data[one.folder] = verified, verdicts
+            self._searched.append(Searched(one.folder, sources))
+        self.samples = sum(int(one.counts["samples"]) for one in embedded)
+        self.sources = sorted({name for one in self._searched for name in one.sources.values()})
+
+    def feature_of(self, text: str, uid: str, picture: bytes) -> Vector:
+        """The feature [D] of a text, of a sample's image or of an image file, whichever is given
+        first. InputError: none of the sample is stored, or the file cannot be decoded."""
+        from evaclip_model.zeroshot.encode_chunks import embed_images, embed_texts
+
+        if uid and not text:
+            for folder, (verified, _) in self._data.items():
+                for row in SampleIndex(verified.folder).find_samples(Kind.UID, [uid]):
+                    if (found := read_feature(folder, row["shard"], row["place"])) is not None:
+                        return found
+            raise InputError(f"no sample with uid '{uid}' was embedded by {self.model}")
+        if text:
+            features = embed_texts(self._subject, [text])
+        else:
+            try:
+                pixels = self._subject.transform(decode_image(picture))
+            except UnreadableImageError as error:
+                raise InputError(f"the picture cannot be read: {error}") from None
+            features = embed_images(self._subject, iter([pixels]))
+        vector: Vector = features[0].float().numpy()
+        return vector
+
+    def find_samples(self, query: Vector, wanted: Wanted) -> list[FoundSample]:
+        """The samples nearest to a feature, the nearest first."""
+        hits = search_features(self._searched, query, wanted)
+        by_shard: defaultdict[tuple[Path, int], list[Hit]] = defaultdict(list)
+        for hit in hits:
+            by_shard[hit.folder, hit.shard].append(hit)
+        artifacts, found = read_artifacts(self._root), dict[Hit, FoundSample]()
+        for (folder, number), of_shard in by_shard.items():
+            (verified, verdicts), places = self._data[folder], [hit.place for hit in of_shard]
+            shard = locate_shard(verified, verdicts[number].path)
+            columns = ("row", "place", "uid", "source", "url", "key")
+            table = SampleIndex(verified.folder).rows_of_shard(number, *columns)
+            table = table.filter(pc.is_in(table["place"], pc.cast(places, "int32")))
+            rows = {row["place"]: row for row in table.to_pylist()}
+            numbers = [row["row"] for row in rows.values()]
+            versions = [*find_versions(verified, numbers, artifacts)]
+            pairs = _read_pairs(shard, sorted(places))
+            for hit in of_shard:
+                row = rows[hit.place]
+                held = {one.digest: why.get(first + row["row"]) for one, first, why in versions}
+                found[hit] = FoundSample(hit, row, shard, pairs.get(hit.place), held)
+        return [found[hit] for hit in hits]
+
+    @cached_property
+    def _subject(self) -> Any:
+        from tasks.encoders.open_models import open_subject
+
+        if not self.model.startswith(REGISTRY) and fingerprint_model(self.model) != self._mark:
+            raise InputError(
+                f"{self.model} is not the model any more that embedded: run `prepare` again"
+            )
+        return open_subject(fetch_models({"": self.model}, self._profile)[""])
 
 
 def _choose_artifacts(root: Path, model: str) -> tuple[list[Artifact], str]:
@@ -83,31 +139,12 @@ def _choose_artifacts(root: Path, model: str) -> tuple[list[Artifact], str]:
     return [one for one in asked if one.parents[Role.SUBJECT] == mark], named[last.digest]
 
 
-def _encode_query(spec: str, text: str, image: Path | None) -> Vector:
-    from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
-    from evaclip_model.zeroshot.encode_chunks import embed_images, embed_texts
-    from tasks.encoders.open_models import open_subject
-
-    subject = open_subject(spec)
-    if image is None:
-        features = embed_texts(subject, [text])
-    else:
-        try:
-            picture = decode_image(image.read_bytes())
-        except (OSError, UnreadableImageError) as error:
-            raise InputError(f"{image} cannot be read as a picture: {error}") from None
-        features = embed_images(subject, iter([subject.transform(picture)]))
-    vector: Vector = features[0].float().numpy()
-    return vector
-
-
-def _describe_hit(hit: Hit, verified: Path, path: str) -> FoundSample:
-    rows = SampleIndex(verified).rows_of_shard(hit.shard, "place", "uid", "source", "url", "key")
-    row = rows.filter(pc.equal(rows["place"], hit.place)).to_pylist()[0]
-    shard = shard_location(verified, path)
-    caption = None
-    if not is_url(shard):
-        shard = str(Path(shard).resolve())
+def _read_pairs(shard: str, places: Sequence[int]) -> dict[int, Sample]:
+    """The pairs at some rising places of a shard on this machine; none if it cannot be read."""
+    if is_url(shard):
+        return {}
+    try:
         with closing(SampleReader(Path(shard))) as reader:
-            caption = reader.read(hit.place, hit.place + 1)[0].caption
-    return FoundSample(hit, row, shard, caption)
+            return {place: reader.read(place, place + 1)[0] for place in places}
+    except (OSError, BrokenShard, IndexError):
+        return {}

@@ -69,17 +69,14 @@ def _in_one_verification(
     rows = [row for kind, values in asked.items() for row in index.find_samples(kind, values)]
     if not rows:
         return
-    versions = []
-    for one in artifacts:
-        if one.kind == DATASET.name:
-            first = first_row_in(one, verified, artifacts)
-            if first is not None:
-                reasons = left_out(one, [first + row["row"] for row in rows])
-                versions.append((one, first, reasons, tuple(models_of(one, artifacts))))
+    versions = [
+        (*one, tuple(models_of(one[0], artifacts)))
+        for one in find_versions(verified, [row["row"] for row in rows], artifacts)
+    ]
     verdicts = read_verdicts(verified.folder)
     made_by = tuple(ancestors_of(verified, artifacts))
     for row in rows:
-        held, shard = [], _place_of(verified, verdicts[row["shard"]].path)
+        held, shard = [], locate_shard(verified, verdicts[row["shard"]].path)
         for version, first, reasons, models in versions:
             reason = reasons.get(first + row["row"])
             further = {} if reason else _further_captions(version, shard, row["key"])
@@ -87,7 +84,18 @@ def _in_one_verification(
         yield Trace(row, shard, made_by, tuple(held))
 
 
-def _place_of(artifact: Artifact, shard: str) -> str:
+def find_versions(
+    verified: Artifact, rows: Sequence[int], artifacts: Sequence[Artifact]
+) -> Iterator[tuple[Artifact, int, dict[int, str]]]:
+    """Dataset versions of a verification, its first row there, and why some `rows` are left out."""
+    for one in artifacts:
+        if one.kind == DATASET.name:
+            first = first_row_in(one, verified, artifacts)
+            if first is not None:
+                yield one, first, left_out(one, [first + row for row in rows])
+
+
+def locate_shard(artifact: Artifact, shard: str) -> str:
     place = shard_location(artifact.folder.resolve(), shard)
     return place if is_url(place) else str(Path(place).resolve())
 
@@ -97,7 +105,7 @@ def _further_captions(version: Artifact, shard: str, key: str) -> Captions:
     if not (version.folder / CAPTIONS).is_dir():
         return {}
     for one in ShardManifest.read(version.folder / SHARDS).shards:
-        if one.captions and _place_of(version, one.path) == shard:
+        if one.captions and locate_shard(version, one.path) == shard:
             return read_captions(str(version.folder / one.captions)).get(key, {})
     return {}
 

@@ -62,13 +62,24 @@ def find(
     """Find samples by what they show, among those that a stage `embed` has looked at."""
     if [bool(text), image is not None, bool(like)].count(True) != 1:
         raise InputError("give one of a TEXT, --image and --like")
-    from flows.audit.sample_search import find_samples  # imports torch
+    from flows.audit.sample_search import SampleSearch  # imports torch
+    from tasks.embed.search import Wanted
 
-    found = find_samples(load_profile(), text=text, image=image, like=like, count=top, model=model)
-    for one in found:
-        row = one.row
-        console.print(f"{one.hit.likeness:6.3f}  {row['uid']}  {row['source']}", soft_wrap=True)
-        for line in (one.caption, row["url"], f"{one.shard} {row['key']}"):
+    search = SampleSearch(load_profile(), model)
+    try:
+        picture = image.read_bytes() if image else b""
+    except OSError as error:
+        raise InputError(f"{image} cannot be read: {error}") from None
+    query = search.feature_of(text, like, picture)
+    for one in search.find_samples(query, Wanted(top)):
+        row, caption = one.row, one.pair.caption if one.pair else ""
+        title = f"{one.hit.likeness:6.3f}  {row['uid']}  {row['source']}  score {one.hit.score:.3f}"
+        console.print(title, soft_wrap=True)
+        versions = (
+            f"{'left out of' if reason else 'in'} dataset {digest}{f' ({reason})' * bool(reason)}"
+            for digest, reason in one.versions.items()
+        )
+        for line in (caption, row["url"], f"{one.shard} {row['key']}", *versions):
             if line:
                 console.print(f"        {line}", soft_wrap=True)
 

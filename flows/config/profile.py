@@ -35,6 +35,7 @@ class Profile(BaseSettings, Launch):
         "", validation_alias=AliasChoices("EVACLIP_TRACKING_URI", "MLFLOW_TRACKING_URI")
     )
     """MLflow server or database; empty: SQLite under `root`."""
+    search_port: int = 4300  # of the search page of `make up`, to which reports link
     openlineage_file: Path | None = None
     """File that gets every run as OpenLineage events, for a catalogue that reads them."""
     merge_workers: int = Field(1, gt=0)

@@ -616,10 +616,12 @@ def evaluate_step(
         if dataset and (dataset.folder / LEFT_OUT).is_file():  # else it was cleared away
             data = find_data(finished_artifact(dataset), read_artifacts(root))
             trained_on = [TrainingData(data.folder, dataset.folder / LEFT_OUT)] if data else []
+        has_features = any((root / EMBED.name).glob("*/manifest.json"))
         return evaluate_models(
             *(config, models, find_sets(), [step.folder / METRICS_FILE for step in train]),
             *(out, report),
             machine=profile.machine,
+            search=f"http://127.0.0.1:{profile.search_port}/" if has_features else "",
             trained_on=trained_on,
             lineage=lineage_svg(lineage_of([finished_artifact(final)], root)) if final else "",
         )

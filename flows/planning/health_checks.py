@@ -39,8 +39,8 @@ VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d
 FREE_BYTES = 10_000_000_000
 SHARED_BYTES = 1_000_000_000
 CLOCK_S = 5.0
-PORTS = {"prefect": (4200, "api/health"), "mlflow": (5000, "health")}
-"""Of `make up`, where EVACLIP_PREFECT_PORT and EVACLIP_MLFLOW_PORT do not say otherwise; pages."""
+PORTS = {"prefect": (4200, "api/health"), "mlflow": (5000, "health"), "search": (4300, "health")}
+"""Of `make up`, where EVACLIP_PREFECT_PORT and the like do not say otherwise; pages."""
 OCCUPIED = "another program's"
 Check = Callable[[Profile], Iterable[Finding]]
 

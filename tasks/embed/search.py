@@ -1,6 +1,9 @@
 """Search among features: the samples nearest to a text or a picture, exactly."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +14,15 @@ import pyarrow.parquet as pq
 from tasks.embed.config import FEATURES
 
 Vector = npt.NDArray[np.float32]
+
+
+class Wanted(NamedTuple):
+    """Bounds of what is to be found."""
+
+    most: int = 10
+    source: str = ""  # any
+    min_score: float = -1.0
+    max_score: float = 1.0
 
 
 class Hit(NamedTuple):
@@ -24,40 +36,53 @@ class Hit(NamedTuple):
     """Number in the verification."""
     place: int
     """In the shard."""
-    uid: str
     score: float
     """Likeness of its own image and caption."""
 
 
-def search_features(folders: list[Path], query: Vector, count: int) -> list[Hit]:
-    """The `count` samples whose images are nearest to a unit vector [D], the nearest first, equal
-    ones by uid. One shard is in memory at a time."""
+class Searched(NamedTuple):
+    """One artifact of features."""
+
+    folder: Path
+    sources: Mapping[int, str]
+    """Source of every shard, by its number in the verification."""
+
+
+def search_features(among: Sequence[Searched], query: Vector, wanted: Wanted) -> list[Hit]:
+    """The samples whose images are nearest to a unit vector [D], the nearest first, equal ones by
+    place. As many shards are in memory as there are cores."""
     best: list[Hit] = []
-    for folder in folders:
-        for file in sorted((folder / FEATURES).glob("*.parquet")):
-            best += _nearest_in(file, folder, query, count)
-            best = sorted(best, key=lambda hit: (-hit.likeness, hit.uid))[:count]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "search") as pool:
+        for one in among:
+            shards = [n for n, source in one.sources.items() if wanted.source in ("", source)]
+            files = [shard_features(one.folder, number) for number in shards]
+            for hits in pool.map(partial(_nearest_in, one.folder, query, wanted), files):
+                best = sorted(best + hits, key=lambda hit: (-hit.likeness, hit[1:]))[: wanted.most]
     return best
 
 
-def find_feature(folders: list[Path], uid: str) -> Vector | None:
-    """The stored feature [D] of the image of the sample with this uid; None if there is none."""
-    for folder in folders:
-        for file in sorted((folder / FEATURES).glob("*.parquet")):
-            found = pq.read_table(file, columns=["image"], filters=[("uid", "==", uid)])
-            if len(found):
-                return np.array(found["image"][0].as_py(), dtype=np.float32)
-    return None
+def shard_features(folder: Path, shard: int) -> Path:
+    return folder / FEATURES / f"{shard:06d}.parquet"
 
 
-def _nearest_in(file: Path, folder: Path, query: Vector, count: int) -> Iterator[Hit]:
-    table = pq.read_table(file, columns=["place", "uid", "image", "similarity"])
+def read_feature(folder: Path, shard: int, place: int) -> Vector | None:
+    """The stored feature [D] of the image at a place of a shard; None if there is none."""
+    file = shard_features(folder, shard)
+    if not file.exists():
+        return None
+    found = pq.read_table(file, columns=["image"], filters=[("place", "==", place)])["image"]
+    return np.array(found[0].as_py(), dtype=np.float32) if len(found) else None
+
+
+def _nearest_in(folder: Path, query: Vector, wanted: Wanted, file: Path) -> list[Hit]:
+    table = pq.read_table(file, columns=["place", "image", "similarity"], use_threads=False)
+    places, scores = table["place"].to_numpy(), table["similarity"].to_numpy()
     column = table["image"].combine_chunks()
     features = column.flatten().to_numpy().astype(np.float32).reshape(len(column), -1)
     likeness = features @ query
-    kept = min(count, len(likeness))
-    # All that equal the last one are taken, so that uids decide among equals.
-    least = np.partition(likeness, -kept)[-kept] if kept else np.inf
-    for row in np.flatnonzero(likeness >= least).tolist():
-        place, uid, score = (table[name][row].as_py() for name in ("place", "uid", "similarity"))
-        yield Hit(float(likeness[row]), folder, int(file.stem), place, uid, score)
+    fits = np.flatnonzero((scores >= wanted.min_score) & (scores <= wanted.max_score))
+    # A stable order, so that places decide among equals.
+    return [
+        Hit(float(likeness[row]), folder, int(file.stem), int(places[row]), float(scores[row]))
+        for row in fits[np.argsort(-likeness[fits], kind="stable")[: wanted.most]]
+    ]

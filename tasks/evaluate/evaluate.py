@@ -46,6 +46,7 @@ def evaluate_models(
     machine: EvaluationMachine | None = None,
     trained_on: Sequence[TrainingData] = (),
     lineage: str = "",
+    search: str = "",
 ) -> Made:
     """Evaluate models (name -> specification) on sets (name -> folder); write results and reports.
 
@@ -57,6 +58,7 @@ def evaluate_models(
         curves: the `metrics.jsonl` of the training stages, in order.
         trained_on: the data of the model evaluated, to tell which test images it has seen.
         lineage: the artifacts behind that model, as an SVG for the page.
+        search: address of the search among what it may have learnt from, where there is one.
     """
     machine = machine or EvaluationMachine()
     cache = Cache(machine.cache or out / _OWN_CACHE, int(machine.cache_gb * 1e9))
@@ -79,7 +81,7 @@ def evaluate_models(
     seen = seen_in_training(hashes, trained_on, config.max_distance, report) if hashes else {}
     results = results_of(config, identities, opened, scored, features.failed, seen)
     write_atomically(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    written = write_reports(out, results, scored, trained, lineage)
+    written = write_reports(out, results, scored, trained, lineage, search)
     _require_all(features.failed, f"the others are in {out}")
     if machine.cache is None:
         shutil.rmtree(cache.root)

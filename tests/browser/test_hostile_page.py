@@ -60,6 +60,8 @@ def test_a_page_of_another_port_reads_nothing_and_starts_nothing(
 ) -> None:
     somebody.visit(site.link_to_mlflow("models"))
     somebody.sees("Registered Models")
+    somebody.visit(site.link_to_search)
+    somebody.sees("nothing under", "is embedded")
     somebody.visit(site.link)
     somebody.sees("pipeline")
     deployment = site.ask("deployments/name/takedown/takedown")["id"]
@@ -69,6 +71,8 @@ def test_a_page_of_another_port_reads_nothing_and_starts_nothing(
         [f"{site.prefect}/api/deployments/{deployment}/create_flow_run", run],
         [f"{site.mlflow}/ajax-api/2.0/mlflow/experiments/search?max_results=9", None],
         [f"{site.mlflow}/api/2.0/mlflow/experiments/create", '{"name": "theirs"}'],
+        [f"{site.search}/?text=apple", None],
+        [f"{site.search}/takedown", "token=x&uid=y"],
     ]
 
     class Stranger(http.server.BaseHTTPRequestHandler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -59,6 +60,11 @@ def test_half_of_each_source_stays_the_half_that_the_model_likes_best(embedded) 
     assert "the best 50.0% of each source" in (embedded["dataset"].folder / "card.md").read_text()
 
 
+def embedded_photos(embedded: dict[str, Artifact]) -> int:
+    last = sorted((embedded["embed"].folder / "features").glob("*.parquet"))[-1]
+    return pq.read_metadata(last).num_rows
+
+
 def test_another_threshold_is_another_version_of_the_same_features(mine, model, embedded) -> None:
     graph = draw(mine, f"embed.models=['{model}']", "dataset.min_score=0.9")
     assert [step.digest for step in graph.embed] == [embedded["embed"].digest]
@@ -81,8 +87,16 @@ def test_find_shows_samples_like_another_one_by_text_or_picture(mine, embedded) 
     assert like.status == 0, like.errors
     assert uid in like.output.splitlines()[0]
     assert f"{mine.folder}/shards/a/0.tar" in like.output
-    text = run(["find", "a red apple", "--top", "3"], mine.root)
+    (first,) = table.filter(pc.equal(table["uid"], uid))["similarity"].to_pylist()
+    assert f"score {first:.3f}" in like.output.splitlines()[0]
+    version = embedded["dataset"].digest
+    assert f"in dataset {version}" in like.output or f"left out of dataset {version}" in like.output
+    text = run(["find", "a red apple", "--top", "99"], mine.root)
     assert text.status == 0, text.errors
+    assert text.output.count("  photos  score ") == embedded_photos(embedded)
+
+
+def test_what_cannot_be_found_is_one_sentence(mine, embedded) -> None:
     wrong = run(["find", "--like", "nobody"], mine.root)
     assert (wrong.status, wrong.output) == (2, "")
     assert "no sample with uid 'nobody' was embedded" in wrong.errors

@@ -1,4 +1,4 @@
-"""Prefect, MLflow and two workers as `make up` starts them, in a folder of their own."""
+"""Servers and two workers as `make up` starts them, in a folder of their own."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Site:
     root: Path
     prefect_port: int
     mlflow_port: int
+    search_port: int
 
     @property
     def prefect(self) -> str:
@@ -42,6 +43,7 @@ class Site:
     def command(self, what: str) -> None:
         """`infra/up.py up` or `down`."""
         ports = ["--prefect-port", str(self.prefect_port), "--mlflow-port", str(self.mlflow_port)]
+        ports += ["--search-port", str(self.search_port)]
         subprocess.run(
             [sys.executable, "infra/up.py", what, "--root", str(self.root), *ports],
             cwd=CHECKOUT,
@@ -80,6 +82,15 @@ class Site:
     def link_to_mlflow(self, page: str) -> str:
         """To a page of MLflow's UI, with the secret."""
         return f"http://{self.secret}@127.0.0.1:{self.mlflow_port}/open#/{page}"
+
+    @property
+    def search(self) -> str:
+        return f"http://127.0.0.1:{self.search_port}"
+
+    @property
+    def link_to_search(self) -> str:
+        """To the search page, with the secret."""
+        return f"http://{self.secret}@127.0.0.1:{self.search_port}/open"
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Prefect's answer."""
@@ -121,7 +132,7 @@ def _ask(url: str, body: Mapping[str, Any] | None, secret: str) -> Any:
 @contextmanager
 def serving(root: Path) -> Iterator[Site]:
     """Servers and workers, for the time of the block."""
-    site = Site(root, find_free_port(), find_free_port())
+    site = Site(root, find_free_port(), find_free_port(), find_free_port())
     try:
         site.command("up")
         yield site

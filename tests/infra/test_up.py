@@ -6,11 +6,16 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import Mock
 
 import pytest
+
+from evaclip_model.ports import find_free_port
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,8 @@ def test_a_port_in_use_is_one_sentence_and_nothing_is_started(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        options = ["--root", str(tmp_path), "--prefect-port", "0", "--mlflow-port", str(port)]
+        options = ["--root", str(tmp_path), "--prefect-port", "0", "--search-port", "0"]
+        options += ["--mlflow-port", str(port)]
         assert up.main(["up", *options]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"port {port}, which mlflow needs, cannot") and said.count("\n") == 1
@@ -133,3 +139,24 @@ def test_up_names_every_champions_page_and_every_recipes_runs(
         ("mine@champion", "models/mine/versions/7"),
         ("runs of demo", "experiments/3/runs?workflowType=machine_learning"),
     ]
+
+
+def test_the_search_page_asks_for_the_secret_of_the_others(
+    up: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = find_free_port()
+    options = Namespace(root=str(tmp_path), prefect_port=0, mlflow_port=0, search_port=port)
+    settings, (_, _, search, *_) = up.services(options)
+    page, secret = f"http://127.0.0.1:{port}/", settings["PREFECT_API_AUTH_STRING"]
+    search.up()
+    try:
+        assert capsys.readouterr().out == f"search        is up http://127.0.0.1:{port}\n"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(page)
+        asked = urllib.request.Request(page, headers={"Authorization": f"Basic {up.basic(secret)}"})
+        with pytest.raises(urllib.error.HTTPError, match="400") as nothing:
+            urllib.request.urlopen(asked)
+        assert f"nothing under {tmp_path} is embedded" in nothing.value.read().decode()
+    finally:
+        search.down()
+    assert search.pid() is None

@@ -166,10 +166,10 @@ def taken_for(scored: Scored) -> Mapping[int, tuple[int, int]]:
     return {actual: (said, len(images)) for (actual, said), images in rarest_first}
 
 
-def make_thumbnail(content: bytes) -> str:
+def make_thumbnail(content: bytes, px: int = THUMBNAIL_PX) -> str:
     """An encoded image as a small WebP data URI, transparent parts on white."""
     rgba = decode_image(content).convert("RGBA")
-    rgba.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
+    rgba.thumbnail((px, px), Image.Resampling.BICUBIC)
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     out = io.BytesIO()
     flat.save(out, _FORM, quality=QUALITY, method=4)

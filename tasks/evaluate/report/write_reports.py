@@ -39,11 +39,12 @@ def write_reports(
     scored: Mapping[str, Mapping[str, Scored]],
     curves: Sequence[Curve] = (),
     lineage: str = "",
+    search: str = "",
 ) -> tuple[Path, ...]:
     """Write the reports of `results` (results.json's content) into `folder`; their paths.
 
     `scored` is set -> model -> rankings, for pictures and examples; `lineage` an SVG, drawn by this
-    project.
+    project; `search` the address that a link to the samples nearest to a picture begins with.
     """
     found, images_seen = Findings(results), sum(curve.samples[-1] for curve in curves)
     parts: dict[str, Any] = {
@@ -66,6 +67,7 @@ def write_reports(
         "sets": [_describe_set(found, key, scored.get(key, {})) for key in found.sets],
         "provenance": tables.provenance_table(found),
         "lineage": Markup(lineage),
+        "search": search,
     }
     texts = {
         name: escape_control(TEMPLATES.get_template(f"{name}.j2").render(parts)) + "\n"

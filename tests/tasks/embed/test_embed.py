@@ -23,7 +23,7 @@ from tasks.artifacts.artifact import Artifact
 from tasks.embed.config import FEATURES, EmbedConfig
 from tasks.embed.embed import embed_samples, read_scores
 from tasks.embed.embed_shard import EmbedJob, embed_share
-from tasks.embed.search import find_feature, search_features
+from tasks.embed.search import Searched, Wanted, read_feature, search_features
 from tasks.index.sample_index import read_verdicts
 from tasks.progress import report_nothing
 from tests.tasks.embed.pictures import CAPTIONS, TINY, verify_pictures
@@ -100,11 +100,12 @@ def test_a_model_that_is_not_there_is_one_sentence(verified, tmp_path):
         embed(verified, tmp_path / "nothing", tmp_path / "out")
 
 
-def test_a_search_finds_what_is_nearest_and_equal_ones_by_uid(verified, model, tmp_path):
+def test_a_search_finds_what_is_nearest_and_equal_ones_by_place(verified, model, tmp_path):
     embed(verified, model, tmp_path)
-    like = find_feature([tmp_path], "13")
-    hits = search_features([tmp_path], like / np.linalg.norm(like), 3)
-    assert [hits[0].uid, hits[0].shard, hits[0].place] == ["13", 1, 3]
+    like = read_feature(tmp_path, 1, 3)
+    among = Searched(tmp_path, {0: "s", 1: "t"})
+    hits = search_features([among], like / np.linalg.norm(like), Wanted(3))
+    assert [hits[0].shard, hits[0].place] == [1, 3]
     assert hits[0].likeness == pytest.approx(1, abs=1e-3)
     features = {
         uid: np.array(vector, dtype=np.float32)
@@ -118,6 +119,10 @@ def test_a_search_finds_what_is_nearest_and_equal_ones_by_uid(verified, model, t
         )
     }
     by_hand = sorted(features, key=lambda uid: (-float(features[uid] @ like), uid))
-    assert [hit.uid for hit in hits] == by_hand[:3]
-    assert len(search_features([tmp_path, tmp_path], like, 30)) == 18
-    assert find_feature([tmp_path], "12") is None
+    assert [f"{hit.shard}{hit.place}" for hit in hits] == by_hand[:3]
+    assert len(search_features([among, among], like, Wanted(30))) == 18
+    assert {hit.shard for hit in search_features([among], like, Wanted(30, "t"))} == {1}
+    middle = sorted(hit.score for hit in search_features([among], like, Wanted(30)))[4]
+    better = search_features([among], like, Wanted(30, min_score=middle))
+    assert len(better) == 5 and min(hit.score for hit in better) == middle
+    assert read_feature(tmp_path, 1, 2) is None and read_feature(tmp_path, 7, 0) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import re
 from copy import deepcopy
@@ -9,10 +10,13 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from evaclip_model.reading.image_decoder import decode_image
 from tasks.evaluate.metrics.scored import Scored
+from tasks.evaluate.report.examples import THUMBNAIL_PX
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.summary import (
     average_interval,
@@ -172,6 +176,23 @@ def test_one_set_alone_is_a_report(key: str, tmp_path: Path):
     assert markdown.read_text().startswith("# Made-up evaluation\n")
     assert len(summary.read_text()) < 3_000
     assert len(headline_tiles(Findings(results))) == (2 if key == "flickr30k" else 1)
+
+
+@pytest.mark.parametrize("key", ["cifar10", "flickr30k"])
+def test_a_wrong_answer_leads_to_the_training_samples_nearest_to_its_picture(
+    key: str, tmp_path: Path
+) -> None:
+    results, scored = made_up(tmp_path, [key])
+    page = "http://127.0.0.1:4300/"
+    html = write_reports(tmp_path, results, scored, search=page)[0].read_text()
+    links = re.findall(r'href="(http://127\.0\.0\.1:4300/[^"]*)" target="_blank" rel="nor', html)
+    assert html.count("nearest training samples") == len(links) > 0
+    asked = parse_qs(urlsplit(links[0]).query, strict_parsing=True)
+    picture = decode_image(base64.b64decode(asked.pop("picture")[0], validate=True))
+    assert max(picture.size) <= THUMBNAIL_PX and asked == {}
+    assert f"data:image/webp;base64,{parse_qs(urlsplit(links[0]).query)['picture'][0]}" in html
+    alone = write_reports(tmp_path, results, scored)[0].read_text()
+    assert "nearest training samples" not in alone
 
 
 def test_a_set_of_the_users_own_needs_no_entry_in_the_registry(
