@@ -161,6 +161,8 @@ class TrainConfig(SamplingConfig):
         "validation",
         "epochs",
         "caption_weights",
+        "text_tokens",
+        "text_tokens_kept",
     )
 
     REMOVED: ClassVar[Mapping[str, str]] = {
@@ -241,6 +243,11 @@ class TrainConfig(SamplingConfig):
     caption_separator: str | None = Field(default=None, min_length=1)
     """Where a caption may be cut: a random number of its parts, from the first on, is kept, so that
     a title is learnt with and without the tags behind it. None keeps captions whole."""
+    text_tokens: int | None = Field(default=None, gt=2)
+    """Tokens of a caption that are shown at most, start and end among them (CLIPA); none: what the
+    model has room for."""
+    text_tokens_kept: Literal["first", "random"] = "first"
+    """Those kept of a longer caption: its first ones, or random ones in their order."""
     checkpoint_every_steps: int = Field(default=500, gt=0)
     """Optimizer steps between checkpoints."""
     checkpoints: RetentionConfig = RetentionConfig()
@@ -309,6 +316,8 @@ class TrainConfig(SamplingConfig):
             raise ValueError(f"objective '{self.objective}' is unknown: choose one of {known}")
         if self.objective == "sigmoid" and self.label_smoothing:
             raise ValueError("label_smoothing is of objective 'softmax': set it to 0 for 'sigmoid'")
+        if self.text_tokens is None and self.text_tokens_kept != "first":
+            raise ValueError("text_tokens_kept = 'random' needs text_tokens: say how many are kept")
         if {"vision", "text", "logit_scale"} == set(self.freeze):
             raise ValueError("freeze leaves nothing to train: take a part out of it")
         if self.lora is not None and self.optimizer == "lamb":

@@ -129,6 +129,11 @@ def _vision_parts(vision: VisionConfig, embed_dim: int) -> dict[str, int]:
     }
 
 
+def shown_tokens(train: TrainConfig) -> float:
+    """Tokens of a web caption that a stage shows, on average, at most."""
+    return min(PACKED_TEXT_TOKENS, train.text_tokens or PACKED_TEXT_TOKENS)
+
+
 def stage_flops_per_sample(config: ModelConfig, train: TrainConfig, *, text_tokens: float) -> float:
     """`train_flops_per_sample`, averaged over a training stage's schedule of masking."""
     first, end = train.patch_dropout, train.patch_dropout_end

@@ -13,10 +13,10 @@ from rich.table import Table
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import (
-    PACKED_TEXT_TOKENS,
     gpu_memory,
     parameter_counts,
     peak_flops,
+    shown_tokens,
     stage_flops_per_sample,
 )
 from evaclip_model.training.engine.deepspeed_config import deepspeed_config
@@ -132,7 +132,10 @@ def cut_share(model: ModelConfig, train: TrainConfig, machines: Machines) -> Cut
     limit = machines.memory_gb * GIB * USABLE_SHARE
     for parts in (number for number in range(1, share + 1) if share % number == 0):
         micro_batch = share // parts
-        memory = gpu_memory(model, train, ranks=machines.count, micro_batch=micro_batch)
+        tokens = shown_tokens(train)
+        memory = gpu_memory(
+            model, train, ranks=machines.count, micro_batch=micro_batch, text_tokens=tokens
+        )
         cut = Cut(share, micro_batch, memory, limit)
         if cut.fits:
             break
@@ -242,13 +245,13 @@ def _time_lines(
     cut: Cut,
     utilisation: float | None,
 ) -> Iterator[Line]:
-    flops = stage_flops_per_sample(model, train, text_tokens=PACKED_TEXT_TOKENS)
+    flops = stage_flops_per_sample(model, train, text_tokens=shown_tokens(train))
     again = RECOMPUTED[train.grad_checkpointing] + (cut.parts - 1) / cut.parts
     spent = flops * (1 + again / 3)
     yield Line(
         "FLOPs of a sample",
         f"{flops / 1e9:,.0f} G, {spent / 1e9:,.0f} G with what is computed again",
-        f"matrix products, {PACKED_TEXT_TOKENS:.0f} tokens a caption, "
+        f"matrix products, {shown_tokens(train):.0f} tokens a caption, "
         f"{again:.2f} forward passes again for checkpointing and parts",
     )
     peak = peak_flops(machines.gpu)
@@ -298,6 +301,7 @@ def training_table(recipe: Recipe, machines: Machines, utilisation: float | None
     for train in planned_stages(recipe):
         lines.append(Line(train.name, "", ""))
         lines += estimate_stage(recipe, train, machines, utilisation)
+    lines += [Line(*one, "published, not run here") for one in recipe.published.others.items()]
     return estimate_table(f"training on {machines}", lines)
 
 

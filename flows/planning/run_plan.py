@@ -17,7 +17,7 @@ import psutil
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SHARDS
 from evaclip_model.training.config import MODEL_FOLDER
-from evaclip_model.training.cost import PACKED_TEXT_TOKENS, stage_flops_per_sample
+from evaclip_model.training.cost import shown_tokens, stage_flops_per_sample
 from flows.config.gpu_spec import Machines
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe, planned_stages
@@ -206,7 +206,7 @@ def _check_training(
         model = recipe.initialise.load_architecture().at_image_px(train.image_px)
         what = f"GPUs for {train.name}"
         if machines is None:
-            each = stage_flops_per_sample(model, train, text_tokens=PACKED_TEXT_TOKENS)
+            each = stage_flops_per_sample(model, train, text_tokens=shown_tokens(train))
             days = each * train.samples_seen / machine.cores / CPU_FLOPS_PER_CORE / 86_400
             time = f"{days:,.1f} days" if days >= 1 else f"{days * 24 * 60:,.0f} minutes"
             time = f"{days / 365:,.0f} years" if days >= 365 else time
