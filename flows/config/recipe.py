@@ -154,9 +154,10 @@ class Recipe(Config):
             )
         refuse_repeated_names("sources", self.sources)
         self._require_fitting_stages()
-        if self.dataset.asks_scores and self.embed is None:
+        if (self.dataset.asks_scores or self.dataset.asks_features) and self.embed is None:
             raise ValueError(
-                "dataset.min_score and dataset.keep_share judge by scores: add an [embed] table"
+                "dataset.min_score, keep_share, semantic_duplicates and near_evaluation judge by "
+                "scores and features: add an [embed] table"
             )
         if self.register_table is not None and self.evaluate_table is None:
             raise ValueError("[register] needs [evaluate]: the gate judges by its figures")

@@ -55,7 +55,7 @@ from tasks.artifacts.artifact import (
     read_artifacts,
 )
 from tasks.artifacts.provenance import lineage_of
-from tasks.dataset.config import LEFT_OUT, RULES_IN_FILES, CaptionSource, DatasetConfig
+from tasks.dataset.config import LEFT_OUT, RULES_IN_FILES, CaptionSource, DatasetConfig, Seen
 from tasks.dataset.config import STAGE as DATASET
 from tasks.dataset.lists import read_takedowns, takedowns_digest
 from tasks.demo.config import STAGE as DEMO
@@ -383,11 +383,7 @@ def embed_step(site: Site, config: EmbedConfig, spec: str, verified: Step | Arti
     """The features of one verification's samples by one model; those of the verifications that a
     retraining joins are there already."""
     marks = OutsideMarks(site.demo)
-    if spec.startswith(REGISTRY):  # an alias may move: what is kept of the model is its version
-        version, mark = marks.find_version(site.tracking_uri, spec)
-        model = f"{REGISTRY}{version}"
-    else:
-        model, mark = spec, marks.mark_found(partial(fingerprint_model, spec))
+    model, mark = find_model(site, marks, spec)
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
         from tasks.embed.embed import embed_samples
@@ -407,6 +403,14 @@ def embed_step(site: Site, config: EmbedConfig, spec: str, verified: Step | Arti
     return Step(site.root, EMBED, config, inputs, make, what, marks.absent, title=title)
 
 
+def find_model(site: Site, marks: OutsideMarks, spec: str) -> tuple[str, str]:
+    """(what opens it at any time, its mark); an alias may move: what is kept is its version."""
+    if spec.startswith(REGISTRY):
+        version, mark = marks.find_version(site.tracking_uri, spec)
+        return f"{REGISTRY}{version}", mark
+    return spec, marks.mark_found(partial(fingerprint_model, spec))
+
+
 def dataset_step(
     site: Site,
     config: DatasetConfig,
@@ -414,7 +418,8 @@ def dataset_step(
     embed: Sequence[Step] = (),
     captions: Sequence[CaptionSource] = (),
 ) -> Step:
-    """A dataset version; of `embed` the first model's features decide, if a rule asks scores."""
+    """A dataset version; of `embed` the first model's features decide, if a rule asks them. One by
+    features and scores is made from that by features, which other thresholds share."""
     marks = OutsideMarks(site.demo)
     inputs: dict[str, Input] = {Role.DATA: data}
     rules: dict[str, tuple[str, ...]] = {name: getattr(config, name) for name in RULES_IN_FILES}
@@ -426,9 +431,13 @@ def dataset_step(
         if found:
             found += said if name == "captions" else ()
             inputs[name] = ABSENT if ABSENT in found else hash_marks(found)
-    parts = verifications_in(data)
-    scored = embed[: len(parts)] if config.asks_scores else ()
-    inputs |= {f"{Role.SCORES}{number:04d}": one for number, one in enumerate(scored)}
+    asks_seen = config.asks_scores or config.asks_features
+    seen = embed[: len(verifications_in(data))] if asks_seen else ()
+    base, by_features = None, config.without_scores()
+    if config.asks_features and (captions or config != by_features):
+        step = dataset_step(site, by_features, data, embed)
+        base = inputs[Role.BASE] = replace(step, title=f"{DATASET.name} by features")
+    inputs |= {f"{Role.SCORES}{number:04d}": one for number, one in enumerate(seen)}
     plain = Step(site.root, DATASET, config, dict(inputs), work=_not_run)
     entries: tuple[str, ...] = ()
     try:
@@ -438,12 +447,11 @@ def dataset_step(
     if entries:
         inputs[Role.TAKEDOWNS] = takedowns_digest(entries)
 
-    def make(_: Profile, out: Path, report: Report) -> Made:
+    def make(profile: Profile, out: Path, report: Report) -> Made:
         from flows.graph.ancestry import ancestors_of
         from tasks.dataset.choose import find_asked
         from tasks.dataset.config import OutsideFiles
         from tasks.dataset.dataset import Takedowns, make_dataset
-        from tasks.embed.embed import read_scores
 
         files = {
             name: tuple(find_all(patterns, site.demo, f"dataset.{name}"))
@@ -458,13 +466,32 @@ def dataset_step(
             asked = sort_takedowns(entries)
             before = plain.folder if plain.is_finished else None
             takedowns = Takedowns(entries, lambda index: find_asked(index, asked), before)
-        folders = [(one.folder, of.folder) for one, of in zip(scored, parts, strict=False)]
-        scores = read_scores(folders) if folders else None
-        return make_dataset(config, ancestors, outside, takedowns, out, report, scores)
+        known = describe_seen(site, seen, data, profile) if seen else None
+        chosen = base.folder if base else None
+        return make_dataset(config, ancestors, outside, takedowns, out, report, known, chosen)
 
     what = "what is left out, as tombstones; a card"
     record = Record({"verified": data}, files=(CARD,))
     return Step(site.root, DATASET, config, inputs, make, what, marks.absent, record)
+
+
+def describe_seen(
+    site: Site, embed: Sequence[Step], data: Step | Artifact, profile: Profile
+) -> Seen:
+    """What a model saw of all data; opened only where it is shown more."""
+    from tasks.embed.embed import find_features, read_scores
+
+    parts = verifications_in(data)
+    folders = [(one.folder, of.folder) for one, of in zip(embed, parts, strict=True)]
+    config = EmbedConfig.model_validate(embed[0].config)
+    model, _ = find_model(site, OutsideMarks(site.demo), config.models[0])
+    return Seen(
+        read_scores(folders),
+        find_features(folders),
+        lambda: fetch_models({model: model}, profile)[model],
+        config.precision,
+        profile.machine.device,
+    )
 
 
 def initialise_step(site: Site, config: InitialiseConfig) -> Step:

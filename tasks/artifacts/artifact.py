@@ -49,6 +49,8 @@ class Role:
     """Of a join, with four digits behind."""
     SCORES = "scores"
     """Features whose scores decide, with four digits behind."""
+    BASE = "base"
+    """The dataset version whose choice is taken over."""
     DATASET = "dataset"
     START = "start_from"
     END = "end"

@@ -30,7 +30,14 @@ from evaclip_model.reading.samples import IMAGE_EXTENSIONS
 from evaclip_model.reading.tar_file import BrokenTar, TarReader
 from tasks.dataset.config import DatasetConfig, OutsideFiles
 from tasks.dataset.lists import SHA256, is_url, read_hashes
-from tasks.dataset.scores import Scores, find_listed, find_low_scores, read_uids, uids_of_rows
+from tasks.dataset.scores import (
+    Scores,
+    count_scores,
+    find_listed,
+    find_low_scores,
+    read_uids,
+    uids_of_rows,
+)
 from tasks.index.perceptual_hash import Hashes, KnownHashes, hash_images, near_pairs
 from tasks.index.sample_index import Ints, Kind, SampleIndex, ShardVerdict
 
@@ -46,7 +53,7 @@ def _read_evaluation_images(folders: Sequence[Path]) -> tuple[set[str], Hashes]:
     digests: set[str] = set()
     looks = np.empty(0, np.uint64)
     for folder in folders:
-        hashes = hash_images(_iterate_images(folder), threads=len(os.sched_getaffinity(0)))
+        hashes = hash_images(iterate_images(folder), threads=len(os.sched_getaffinity(0)))
         if not len(hashes):
             raise InputError(
                 f"{folder} holds no image: give a folder of image files or of webdataset tars"
@@ -56,7 +63,7 @@ def _read_evaluation_images(folders: Sequence[Path]) -> tuple[set[str], Hashes]:
     return digests, looks
 
 
-def _iterate_images(folder: Path) -> Iterator[bytes]:
+def iterate_images(folder: Path) -> Iterator[bytes]:
     """Content of every image below `folder`, files and members of tars, by name."""
     files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
     for file in files:
@@ -84,9 +91,12 @@ class LeftOutReason(StrEnum):
     SHARD = "shard"
     BLOCKED = "blocked"
     EVALUATION = "evaluation"
+    NEAR_EVALUATION = "near_evaluation"
+    """Its image feature is near to that of an evaluation image."""
     REPEATED_UID = "repeated_uid"
     EXACT_DUPLICATE = "exact_duplicate"
     NEAR_DUPLICATE = "near_duplicate"
+    SEMANTIC_DUPLICATE = "semantic_duplicate"
     NOT_LISTED = "not_listed"
     """In none of the lists that keep."""
     LISTED = "listed"
@@ -141,9 +151,9 @@ def choose_samples(
     verdicts: Sequence[ShardVerdict],
     config: DatasetConfig,
     outside: OutsideFiles,
-    scores: Scores | None,
 ) -> Choice:
-    """Apply every rule but takedowns; InputError: a list or evaluation set cannot be read."""
+    """Apply every rule but those of features, scores and takedowns; InputError: a list or
+    evaluation set cannot be read."""
     choice = Choice(index.rows)
     tested, tested_looks = _read_evaluation_images(outside.evaluation_sets)
     looks = _go_through(index, verdicts, config, tested_looks, choice)
@@ -166,17 +176,30 @@ def choose_samples(
     if config.near_duplicates == "drop":
         alike = _later_looks(looks, config.max_distance, choice)
         choice.leave_out(alike, LeftOutReason.NEAR_DUPLICATE)
-    if scores is not None:
-        names = [verdict.shard.source if verdict.shard else "" for verdict in verdicts]
-        numbers = np.unique(names, return_inverse=True)[1]
-        low = find_low_scores(
-            *(scores, ~choice.left_out, np.repeat(numbers, [v.stored for v in verdicts])),
-            min_score=config.min_score,
-            keep_share=config.keep_share,
-            uids_of=partial(uids_of_rows, index),
-        )
-        choice.leave_out(low, LeftOutReason.LOW_SCORE)
     return choice
+
+
+def leave_out_low_scores(
+    choice: Choice,
+    index: SampleIndex,
+    verdicts: Sequence[ShardVerdict],
+    config: DatasetConfig,
+    scores: Scores,
+) -> dict[str, list[int]]:
+    """Apply the rules of scores to what all others leave; of that, by source, how many samples have
+    a score in each of the equal parts of -1 to 1."""
+    of_shards = [verdict.shard.source if verdict.shard else "" for verdict in verdicts]
+    names, numbers = np.unique(of_shards, return_inverse=True)
+    stays, sources = ~choice.left_out, np.repeat(numbers, [v.stored for v in verdicts])
+    low = find_low_scores(
+        *(scores, stays, sources),
+        min_score=config.min_score,
+        keep_share=config.keep_share,
+        uids_of=partial(uids_of_rows, index),
+    )
+    choice.leave_out(low, LeftOutReason.LOW_SCORE)
+    counts = count_scores(scores[stays], sources[stays], len(names))
+    return {str(name): row.tolist() for name, row in zip(names, counts, strict=True) if row.any()}
 
 
 def find_held_out(index: SampleIndex, share: float) -> npt.NDArray[np.bool_]:

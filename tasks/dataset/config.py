@@ -1,11 +1,15 @@
 """The rules by which verified samples are used: the `[dataset]` table of a recipe."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+import numpy as np
+import numpy.typing as npt
+from pydantic import ByteSize, Field, TypeAdapter, model_validator
 
+from evaclip_model.choices import Precision
 from evaclip_model.config import Config
 from evaclip_model.reading.captions import STORED
 from tasks.artifacts.artifact import Stage
@@ -69,12 +73,26 @@ class OutsideFiles:
     """Sidecars and their files."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the first model of `[embed]` saw, and how to show it more."""
+
+    scores: npt.NDArray[np.float32]
+    """Of every row; NaN where there is none."""
+    files: Sequence[tuple[Path, int]]
+    """Features of a shard, and the row of its first sample."""
+    find_model: Callable[[], str] = str
+    """Returns what opens it."""
+    precision: Precision = "fp32"
+    device: str = "cpu"
+
+
 class DatasetConfig(Config):
     """The `[dataset]` table."""
 
     ADDED: ClassVar[tuple[str, ...]] = (
         *("keep_uids", "drop_uids", "min_score", "keep_share"),
-        "validation_share",
+        *("semantic_duplicates", "near_evaluation", "validation_share"),
     )
 
     exact_duplicates: Literal["drop", "keep"] = "drop"
@@ -84,6 +102,13 @@ class DatasetConfig(Config):
     evaluation_sets: tuple[str, ...] = ()
     """Folders of evaluation images or webdatasets; what has their bytes or their look is left
     out. A leading `demo:` means inside the demo artifact."""
+    near_evaluation: float | None = Field(None, ge=0, le=90)
+    """Degrees: samples whose image feature, by the first model of `[embed]`, lies within this angle
+    of the feature of an image of `evaluation_sets` are left out."""
+    semantic_duplicates: float | None = Field(None, ge=0, le=90)
+    """Degrees: samples whose image feature lies within this angle of that of a better sample are
+    left out. Better is the higher score and, among equal ones, what comes first in the index; it
+    need not stay itself, so that of a chain the best stays."""
     max_distance: int = Field(4, ge=0, le=8)
     """Bits of the 64 of a perceptual hash in which two images that look alike may differ."""
     blocklists: tuple[str, ...] = ()
@@ -111,6 +136,26 @@ class DatasetConfig(Config):
     """Memory of the database; what does not fit goes to disk."""
 
     @property
+    def asks_features(self) -> bool:
+        """Return whether a rule needs the features of `[embed]`."""
+        return self.semantic_duplicates is not None or self.near_evaluation is not None
+
+    @property
     def asks_scores(self) -> bool:
         """Return whether a rule needs the scores of `[embed]`."""
         return self.min_score is not None or self.keep_share is not None
+
+    @property
+    def memory_bytes(self) -> int:
+        return TypeAdapter(ByteSize).validate_python(self.memory_limit)
+
+    def without_scores(self) -> Self:
+        """Return the rules of which versions with other scores and takedowns take the choice."""
+        later = ("min_score", "keep_share", "takedowns", "validation_share")
+        return self.model_copy(update={name: DatasetConfig().__dict__[name] for name in later})
+
+    @model_validator(mode="after")
+    def _nearness_has_images(self) -> Self:
+        if self.near_evaluation is not None and not self.evaluation_sets:
+            raise ValueError("near_evaluation needs evaluation_sets: name the images to keep off")
+        return self

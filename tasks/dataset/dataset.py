@@ -29,7 +29,14 @@ from evaclip_model.reading.samples import (
     append_tombstones,
 )
 from tasks.artifacts.artifact import CARD, Artifact, Made
-from tasks.dataset.choose import Choice, LeftOutReason, Rows, choose_samples, find_held_out
+from tasks.dataset.choose import (
+    Choice,
+    LeftOutReason,
+    Rows,
+    choose_samples,
+    find_held_out,
+    leave_out_low_scores,
+)
 from tasks.dataset.config import (
     CAPTIONS,
     LEFT_OUT,
@@ -38,8 +45,9 @@ from tasks.dataset.config import (
     TAKEN_DOWN,
     DatasetConfig,
     OutsideFiles,
+    Seen,
 )
-from tasks.dataset.scores import Scores
+from tasks.dataset.scores import SCORE_PARTS
 from tasks.dataset.sidecars import shard_captions, write_sidecars
 from tasks.index.sample_index import (
     INDEX,
@@ -74,21 +82,32 @@ def make_dataset(
     takedowns: Takedowns,
     out: Path,
     report: Report,
-    scores: Scores | None = None,
+    seen: Seen | None = None,
+    base: Path | None = None,
 ) -> Made:
     """Write the version into `out`; nothing of the shards is read again or rewritten.
 
     What is chosen from is the last of `ancestors`, which are in the order of work, that has an
-    index; `scores` are of all its rows, where a rule asks for them. InputError: a list or an
-    evaluation set cannot be read, or nothing is left."""
+    index; `seen` are its features, where a rule asks for them. `base` is the folder of a version by
+    the same rules without those of scores and without takedowns, whose choice is taken over.
+    InputError: a list or an evaluation set cannot be read, or nothing is left."""
     verified = next(one.folder for one in reversed(ancestors) if (one.folder / INDEX).is_dir())
     index = SampleIndex(verified, config.memory_limit)
     verdicts = read_verdicts(verified)
     report(0, 3, f"{index.rows:,} samples")
-    if takedowns.before is None:
-        choice = choose_samples(index, verdicts, config, outside, scores)
+    if (taken_over := takedowns.before or base) is not None:
+        choice = Choice.from_table(index.rows, pq.read_table(taken_over / LEFT_OUT))
     else:
-        choice = Choice.from_table(index.rows, pq.read_table(takedowns.before / LEFT_OUT))
+        choice = choose_samples(index, verdicts, config, outside)
+        if config.asks_features and seen is not None:
+            from tasks.dataset.semantic import leave_out_near  # imports torch
+
+            leave_out_near(choice, config, seen, outside.evaluation_sets, out, report)
+    scored: dict[str, list[int]] = {}
+    if takedowns.before is not None:
+        scored = json.loads((takedowns.before / REPORT).read_text()).get("scores", {})
+    elif seen is not None:
+        scored = leave_out_low_scores(choice, index, verdicts, config, seen.scores)
     report(1, 3, "takedowns")
     if takedowns.find is not None:
         choice.leave_out(takedowns.find(index), LeftOutReason.TAKEDOWN)
@@ -123,9 +142,11 @@ def make_dataset(
         f"{CAPTIONS}.{name}.{what}": n for name, one in captions.items() for what, n in one.items()
     }
     rules = config.model_dump(include=set(RULES_IN_FILES))
-    details = {**counts, "sources": by_source, "rules": rules, CAPTIONS: captions}
+    details = {**counts, "sources": by_source, "rules": rules, CAPTIONS: captions, "scores": scored}
     write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
-    write_card(out / CARD, config, ancestors, counts, by_source, captions, takedowns.entries)
+    write_card(
+        out / CARD, config, ancestors, counts, by_source, captions, scored, takedowns.entries
+    )
     report(3, 3, f"{counts['samples']:,} samples")
     further = tuple(sorted((out / CAPTIONS).glob("*")))
     return Made(counts, tuple(out / name for name in names), further)
@@ -211,10 +232,11 @@ def write_card(
     counts: Counts,
     by_source: Mapping[str, Mapping[str, int]],
     captions: Mapping[str, Mapping[str, int]],
+    scored: Mapping[str, Sequence[int]],
     takedowns: Sequence[str],
 ) -> None:
     """Write the card of the version whose artifact is the folder of `path`; `by_source` says what
-    became of the samples, `captions` of the rows of every sidecar."""
+    became of the samples, `captions` of the rows of every sidecar; `scored` are histograms."""
     made_from: dict[str, list[Artifact]] = {"adopt": [], "merge": [], "download": []}
     for artifact in ancestors:
         made_from.setdefault(artifact.kind, []).append(artifact)
@@ -246,6 +268,8 @@ def write_card(
         made_from=made_from,
         totals=totals,
         captions=captions,
+        scored=list(scored),
+        thresholds=list(_list_thresholds(list(scored.values()))),
         takedowns=len(takedowns),
         ancestors=[[one.kind, f"`{one.digest}`", one.created] for one in ancestors],
         sources=lambda kind, figures: list(list_sources(kind, figures)),
@@ -254,6 +278,17 @@ def write_card(
         left_out=LEFT_OUT,
     )
     write_atomically(path, card)
+
+
+def _list_thresholds(histograms: Sequence[Sequence[int]]) -> Iterator[list[Any]]:
+    """Of every part that has samples: its least score, and by source their number and the share
+    that this least score would keep."""
+    counts = np.array(histograms, dtype=np.int64).reshape(len(histograms), -1)
+    kept = counts[:, ::-1].cumsum(axis=1)[:, ::-1] / counts.sum(axis=1, keepdims=True)
+    for part in np.flatnonzero(counts.any(axis=0)):
+        shares = zip(counts[:, part].tolist(), kept[:, part], strict=True)
+        row = [cell for count, share in shares for cell in (count, f"{share:.1%}")]
+        yield [f"{2 * part / SCORE_PARTS - 1:.3f}", *row]
 
 
 def _list_reasons(counts: Counts, prefix: str) -> list[tuple[str, int | float]]:

@@ -18,14 +18,17 @@ from tasks.index.sample_index import SampleIndex
 
 Mask = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.float32]
-UidsOf = Callable[[npt.NDArray[np.int64]], Sequence[str]]
+Rows = npt.NDArray[np.int64]
+SCORE_PARTS = 80
+"""Of a histogram, from -1 to 1."""
+UidsOf = Callable[[Rows], Sequence[str]]
 """The uids of rows."""
 
 
 def find_low_scores(
     scores: Scores,
     stays: Mask,
-    sources: npt.NDArray[np.int64],
+    sources: Rows,
     min_score: float | None,
     keep_share: float | None,
     uids_of: UidsOf,
@@ -60,6 +63,13 @@ def find_low_scores(
     return low
 
 
+def count_scores(scores: Scores, sources: Rows, count: int) -> Rows:
+    """Histogram [sources, SCORE_PARTS] of scores, in equal parts of -1 to 1."""
+    parts = ((scores + 1) * (SCORE_PARTS / 2)).astype(np.int64).clip(0, SCORE_PARTS - 1)
+    counted = np.bincount(sources * SCORE_PARTS + parts, minlength=count * SCORE_PARTS)
+    return counted.reshape(count, SCORE_PARTS)
+
+
 def read_uids(files: Iterable[Path]) -> pa.Array:
     """The uids of lists, sorted, each once: text with a uid a line, or an array of pairs of
     64-bit numbers as DataComp publishes it (.npy), whose uid is the 32 hex digits of a pair."""
@@ -88,7 +98,7 @@ def find_listed(index: SampleIndex, uids: pa.Array) -> Mask:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.bool_)
 
 
-def uids_of_rows(index: SampleIndex, rows: npt.NDArray[np.int64]) -> list[str]:
+def uids_of_rows(index: SampleIndex, rows: Rows) -> list[str]:
     """The uids of some rows, in their order; `rows` ascend."""
     found: list[str] = []
     start = 0

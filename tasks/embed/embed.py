@@ -97,9 +97,21 @@ def _list_finished(folder: Path) -> set[int]:
     return {int(number) for number, _, end in names if end == "parquet" and number}
 
 
+def find_features(parts: Sequence[tuple[Path, Path]]) -> list[tuple[Path, int]]:
+    """(file, the row of an index of its shard's first sample) of all features; `parts` are folders
+    of features and of their verification, in the index's order."""
+    found, first = [], 0
+    for folder, verified in parts:
+        starts = first + np.cumsum([0, *(verdict.stored for verdict in read_verdicts(verified))])
+        files = sorted((folder / FEATURES).glob("*.parquet"))
+        found += [(file, int(starts[int(file.stem)])) for file in files]
+        first = int(starts[-1])
+    return found
+
+
 def read_scores(parts: Sequence[tuple[Path, Path]]) -> npt.NDArray[np.float32]:
-    """Similarity of image and caption of every row of an index, NaN where a sample is flawed;
-    `parts` are folders of features and of their verification, in the index's order."""
+    """Similarity of image and caption of every row of an index, NaN where a sample is flawed; of
+    `parts` as `find_features` takes them."""
     found = []
     for folder, verified in parts:
         starts = np.cumsum([0, *(verdict.stored for verdict in read_verdicts(verified))])

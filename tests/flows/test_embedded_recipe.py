@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
@@ -17,6 +18,8 @@ from flows.config.profile import Profile
 from flows.config.recipe import load_recipe
 from flows.graph.graph import Graph, draw_graph
 from tasks.artifacts.artifact import Artifact
+from tasks.encoders.encode_chunks import embed_images
+from tasks.encoders.open_models import open_subject
 from tasks.progress import report_nothing
 from tests.flows.command import run
 from tests.flows.test_adopted_recipe import Mine, write_mine
@@ -72,8 +75,71 @@ def test_another_threshold_is_another_version_of_the_same_features(mine, model, 
     assert draw(mine, f"embed.models=['{model}']").dataset.digest == draw(mine).dataset.digest
 
 
+def test_features_decide_once_and_thresholds_take_their_choice_over(mine, model, embedded) -> None:
+    """Of all pairs within the angle the one with the lower score goes; so does what is near to a
+    picture that no hash takes for it."""
+    features = [pq.read_table(f) for f in sorted(embedded["embed"].folder.glob("features/*"))]
+    wide = np.concatenate([np.array(t["image"].to_pylist(), dtype=np.float64) for t in features])
+    scores = np.concatenate([table["similarity"].to_numpy() for table in features])
+    picture = mine.folder / "shown" / "noise.png"
+    picture.parent.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(picture)
+    subject = open_subject(str(model))
+    with Image.open(picture) as shown:
+        feature = embed_images(subject, iter([subject.transform(shown.convert("RGB"))]))
+    to_picture = angles(wide, feature.numpy().astype(np.float16).astype(np.float64))[:, 0]
+    near = float(np.sort(to_picture)[2:4].mean())
+    left = to_picture > near
+    between = angles(wide[left], wide[left])
+    np.fill_diagonal(between, 180)
+    apart = float(np.sort(between.min(axis=1))[20:22].mean())
+    better = (scores[left] > scores[left][:, None]) & (between <= apart)
+    changes = (
+        f"embed.models=['{model}']",
+        f"dataset.semantic_duplicates={apart}",
+        f"dataset.near_evaluation={near}",
+        f"dataset.evaluation_sets=['{picture.parent}']",
+    )
+    profile = Profile(root=mine.root)
+    first, second = (draw(mine, *changes, *more) for more in ((), ("dataset.keep_share=0.5",)))
+    made = {step.digest: step.make_artifact(profile, report_nothing) for step in first.data_steps}
+    counts = made[first.dataset.digest].counts
+    assert counts["left_out.near_evaluation"] == 3
+    assert counts["left_out.semantic_duplicate"] == int(better.any(axis=1).sum()) > 0
+    assert not (first.dataset.folder / "search").exists()
+    assert first.dataset.digest in [step.digest for step in second.data_steps]
+    unfinished = [step for step in second.data_steps if not step.is_finished]
+    assert [step.digest for step in unfinished] == [second.dataset.digest]
+    halved = second.dataset.make_artifact(profile, report_nothing)
+    assert halved.counts["left_out.semantic_duplicate"] == counts["left_out.semantic_duplicate"]
+    card = (halved.folder / "card.md").read_text()
+    assert "| score from | photos | kept | shards | kept |" in card
+    assert "| 100.0% |" in card
+
+
+def angles(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Degrees between rows."""
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (left, right)]
+    return np.degrees(np.arccos(np.clip(unit[0] @ unit[1].T, -1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("dataset.semantic_duplicates=-1", "'dataset.semantic_duplicates'.*greater than or equal"),
+        ("dataset.near_evaluation=91", "'dataset.near_evaluation'.*less than or equal to 90"),
+        ("dataset.near_evaluation=5", "near_evaluation needs evaluation_sets"),
+        ("dataset.semantic_duplicates=5", r"add an \[embed\] table"),
+    ],
+)
+def test_angles_that_cannot_be_are_one_sentence(mine: Mine, change: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        draw(mine, change)
+
+
 def test_scores_without_a_model_and_a_model_that_is_not_there_are_one_sentence(mine: Mine) -> None:
-    with pytest.raises(InputError, match=r"judge by scores: add an \[embed\] table"):
+    with pytest.raises(InputError, match=r"scores and features: add an \[embed\] table"):
         draw(mine, "dataset.keep_share=0.5")
     graph = draw(mine, "embed.models=['nowhere']")
     with pytest.raises(InputError, match="model 'nowhere' is not there"):
