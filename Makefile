@@ -122,6 +122,9 @@ bench-trace: $(VENV)/.dev ## trace and takedown on an index of ten million sampl
 bench-captions: $(VENV)/.dev ## further captions joined to an index; CAPTIONS=20000000 for 20 million (1 min, 0.4 GB a million)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_captions.py $(or $(CAPTIONS),1000000)
 
+bench-dataset: $(VENV)/.dev ## dataset versions by thresholds, lists of uids and semantic duplicates among SAMPLES made-up samples (1,000,000: 10 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_dataset.py $(or $(SAMPLES),1000000) $(or $(WIDTH),64)
+
 bench-registry: $(VENV)/.dev ## a registered B/16 loaded, served and pulled where this project is not installed (3 min, 6 GB)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_registry.py
 

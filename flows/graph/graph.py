@@ -478,7 +478,7 @@ def dataset_step(
 def describe_seen(
     site: Site, embed: Sequence[Step], data: Step | Artifact, profile: Profile
 ) -> Seen:
-    """What a model saw of all data; opened only where it is shown more."""
+    """Return what a model saw of all data; it is opened only where it is shown more."""
     from tasks.embed.embed import find_features, read_scores
 
     parts = verifications_in(data)

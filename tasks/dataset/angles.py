@@ -1,4 +1,4 @@
-"""Which features lie within an angle of each other, decided exactly: the same on every machine.
+"""Features within an angle of each other, found exactly: the same ones on every machine.
 
 A feature's numbers are float16, multiples of 2^-24, and its length is 1 but for their rounding. A
 product of two is a multiple of 2^-48, and no sum of some of them reaches 2: float64 holds each one
@@ -59,7 +59,7 @@ def find_outranked(
 
 
 def bound_guests(centres: Tensor, degrees: float) -> Tensor:
-    """How much nearer [C, C] to its own centre than to another one a guest of that one may be.
+    """The most [C, C] by which a guest of one cell may be nearer to the centre of its home.
 
     Every pair within the angle shall meet in a cell that is the home of one of both. A feature's
     home is that of the nearest centre a; it is a guest in the cell of b, if its angle to the plane

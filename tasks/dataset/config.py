@@ -18,7 +18,7 @@ RULES_IN_FILES = ("evaluation_sets", "blocklists", "keep_uids", "drop_uids")
 STAGE = Stage(
     "dataset",
     1,
-    tools=("duckdb", "numpy", "pyarrow", "pillow"),
+    tools=("duckdb", "numpy", "pyarrow", "pillow", "torch"),
     # what the files hold is among the parents, so that moving one changes nothing
     ignores=(*RULES_IN_FILES, "takedowns", "memory_limit"),
 )
@@ -26,6 +26,8 @@ REPORT = "report.json"
 """Counts by source, and the rules that the digest knows by their content."""
 LEFT_OUT = "left_out.parquet"
 """(row of the index, reason) of every sample that is not used, by row."""
+SEARCH = "search"
+"""Folder of what a search needs until it is over: every feature, once for each cell it stays in."""
 CAPTIONS = "captions"
 """Folder of further captions, a file a shard; in the report, the counts of every sidecar."""
 TAKEN_DOWN = "takedowns.txt"
@@ -75,7 +77,7 @@ class OutsideFiles:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the first model of `[embed]` saw, and how to show it more."""
+    """Scores and features by the first model of `[embed]`, and how to show it more."""
 
     scores: npt.NDArray[np.float32]
     """Of every row; NaN where there is none."""

@@ -42,6 +42,7 @@ from tasks.dataset.config import (
     LEFT_OUT,
     REPORT,
     RULES_IN_FILES,
+    SEARCH,
     TAKEN_DOWN,
     DatasetConfig,
     OutsideFiles,
@@ -147,6 +148,7 @@ def make_dataset(
     write_card(
         out / CARD, config, ancestors, counts, by_source, captions, scored, takedowns.entries
     )
+    shutil.rmtree(out / SEARCH, ignore_errors=True)
     report(3, 3, f"{counts['samples']:,} samples")
     further = tuple(sorted((out / CAPTIONS).glob("*")))
     return Made(counts, tuple(out / name for name in names), further)

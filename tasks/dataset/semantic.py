@@ -10,7 +10,6 @@ missed, and what decides it (angles.py).
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,14 +34,12 @@ from tasks.dataset.angles import (
     find_outranked,
 )
 from tasks.dataset.choose import Choice, LeftOutReason, iterate_images
-from tasks.dataset.config import DatasetConfig, Seen
+from tasks.dataset.config import SEARCH, DatasetConfig, Seen
 from tasks.encoders.encode_chunks import embed_images
 from tasks.encoders.open_models import open_subject
 from tasks.index.sample_index import Ints
 from tasks.progress import Report
 
-SCRATCH = "search"
-"""Folder of what a search needs until it is over: every feature, once for each cell it stays in."""
 GROUP = 1 << 16
 """Features that are put into cells at once."""
 MOST_CELLS, BLOCKS, SHARDS_READ = 8192, 256, 256
@@ -75,13 +72,12 @@ def leave_out_near(
         by_rank = rows[np.argsort(-seen.scores[rows], kind="stable")]
         ranks = np.full(len(seen.scores), -1)
         ranks[by_rank] = np.arange(len(rows))
-        scratch, pictures = out / SCRATCH / reason, None
+        scratch, pictures = out / SEARCH / reason, None
         if reason is LeftOutReason.NEAR_EVALUATION:
             make = partial(_embed_pictures, seen, evaluation_sets)
             (pictures,) = _finish(scratch / "pictures", 1, make, 1, report)
         found = find_near(seen, ranks, pictures, degrees, config.memory_bytes, scratch, report)
         choice.leave_out(by_rank[found], reason)
-    shutil.rmtree(out / SCRATCH, ignore_errors=True)
 
 
 def find_near(
@@ -107,11 +103,13 @@ def find_near(
     fit = memory // (COPIES * record.itemsize)
     threads = max(1, min(len(os.sched_getaffinity(0)), fit // GROUP))
     finish = partial(_finish, threads=threads, report=report)
-    centres = _draw_centres(shards, 2 * math.isqrt(int(held[-1])), degrees).to(seen.device)
+    centres = _draw_centres(shards, min(2 * math.isqrt(int(held[-1])), MOST_CELLS), degrees).to(
+        seen.device
+    )
     bounds, cells = bound_guests(centres, degrees), len(centres)
 
     def sort(group: int) -> Iterator[Array]:
-        """Where each cell begins, and the records."""
+        """The place where each cell begins, and then the records."""
         if group < len(edges) - 1:
             parts = [_read_shard(*one) for one in shards[edges[group] : edges[group + 1]]]
         else:
@@ -184,11 +182,12 @@ def _embed_pictures(seen: Seen, folders: Sequence[Path], _: int) -> Iterator[Arr
 
 def _draw_centres(shards: Sequence[tuple[Path, Ints]], most: int, degrees: float) -> Tensor:
     """Features of the cells' centres, drawn evenly; copies would make guests of all the others."""
-    most = min(most, MOST_CELLS)
     numbers = np.linspace(0, len(shards) - 1, min(len(shards), SHARDS_READ)).astype(int)
-    parts = [_read_shard(*shards[number])[1] for number in numbers]
-    share = -(-most // len(numbers))
-    drawn = np.concatenate([one[:: -(-len(one) // share)] for one in parts])[:most]
+    parts = []
+    for number in numbers:
+        _, one = _read_shard(*shards[number])
+        parts.append(one[np.arange(0, len(one), -(-len(one) * len(numbers) // most))])
+    drawn = np.concatenate(parts)[:most]
     order, features = torch.arange(len(drawn)), torch.from_numpy(drawn)
     near = find_outranked(order, features, order, features, cosine_of(min(2 * degrees, 90)))
     return features[~near]
