@@ -285,7 +285,7 @@ def write_card(
 def _list_thresholds(histograms: Sequence[Sequence[int]]) -> Iterator[list[Any]]:
     """Of every part that has samples: its least score, and by source their number and the share
     that this least score would keep."""
-    counts = np.array(histograms, dtype=np.int64).reshape(len(histograms), -1)
+    counts = np.array(histograms, dtype=np.int64).reshape(-1, SCORE_PARTS)
     kept = counts[:, ::-1].cumsum(axis=1)[:, ::-1] / counts.sum(axis=1, keepdims=True)
     for part in np.flatnonzero(counts.any(axis=0)):
         shares = zip(counts[:, part].tolist(), kept[:, part], strict=True)
