@@ -14,11 +14,11 @@ from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.weights.load import save_model
+from evaclip_model.zeroshot.encode_chunks import embed_images
 from flows.config.profile import Profile
 from flows.config.recipe import load_recipe
 from flows.graph.graph import Graph, draw_graph
 from tasks.artifacts.artifact import Artifact
-from tasks.encoders.encode_chunks import embed_images
 from tasks.encoders.open_models import open_subject
 from tasks.progress import report_nothing
 from tests.flows.command import run
