@@ -10,12 +10,11 @@ from pydantic import Field
 
 from flows.config.form_types import Overrides, RecipeName
 from flows.config.recipe import Recipe
-from flows.evaluate import evaluate_and_register
 from flows.graph import incremental
 from flows.graph.graph import data_steps, load_graph, verify_step
 from flows.graph.incremental import News, of_kind, rows_of
 from flows.graph.runner import open_session
-from flows.prepare import prepare_data
+from flows.pipeline import evaluate_and_register, prepare_data
 from flows.promotion.apply_decision import (
     Promote,
     apply_decision,

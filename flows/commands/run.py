@@ -75,7 +75,8 @@ def run(
 
     with temporary_server(profile.root):
         # the flow's module imports prefect, which reads its settings then
-        run_flow = getattr(importlib.import_module(f"flows.{flow}"), flow)
+        module = "flows.retrain" if flow == "retrain" else "flows.pipeline"
+        run_flow = getattr(importlib.import_module(module), flow)
         recipes.print_heading(loaded)
         judged = {"promote": promote} if flow in JUDGED else {}
         run_flow(recipe=recipe, overrides=overrides, **judged)
