@@ -22,6 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.samples import BrokenShard
@@ -247,7 +249,7 @@ class _Pass:
                 self._log_figures(watch)
             # its pool never hears of a killed process and would wait for that shard for ever
             is_here = job.crew.distributor == "multiprocessing"
-            if (is_here and not all(map(_is_alive, progress.busy))) or now - moved > stall_s:
+            if (is_here and not all(map(psutil.pid_exists, progress.busy))) or now - moved > stall_s:
                 raise _LostWorker
             problem = watch.network_down()
             if self._first is None:
@@ -337,14 +339,6 @@ def _lay_out_inputs(folder: Path, plan: Plan, order: _Order) -> WorkerJob:
         extra_columns=plan.extra_columns,
         first_number=plan.shards[0].number,
     )
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _judge_success(config: DownloadConfig, first: _Pass, finished: Sequence[FinishedShard]) -> None:
