@@ -98,8 +98,8 @@ def test_prefect_neither_repeats_flows_and_steps_nor_pickles_their_results() -> 
     assert FlowsSettings.model_fields["default_retries"].default == 0
     assert ResultsSettings.model_fields["persist_by_default"].default is False
     for name in FLOWS:
-        module = "flows.retrain" if name == "retrain" else "flows.pipeline"
-        flow = getattr(importlib.import_module(module), name)
+        module = name if name in ("retrain", "score") else "pipeline"
+        flow = getattr(importlib.import_module(f"flows.{module}"), name)
         assert (flow.retries, flow.persist_result) == (0, None)
         assert flow.should_validate_parameters and flow.timeout_seconds is None
     from flows.graph.merge_chunks import merge_chunk

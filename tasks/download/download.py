@@ -248,8 +248,8 @@ class _Pass:
                 noted = now
                 self._log_figures(watch)
             # its pool never hears of a killed process and would wait for that shard for ever
-            is_here = job.crew.distributor == "multiprocessing"
-            if (is_here and not all(map(psutil.pid_exists, progress.busy))) or now - moved > stall_s:
+            is_here, busy = job.crew.distributor == "multiprocessing", progress.busy
+            if (is_here and not all(map(psutil.pid_exists, busy))) or now - moved > stall_s:
                 raise _LostWorker
             problem = watch.network_down()
             if self._first is None:
