@@ -22,14 +22,7 @@ from flows.graph.outside_data import fetch_models, fingerprint_model
 from tasks.artifacts.artifact import Artifact, Role, read_artifact, read_artifacts
 from tasks.embed.config import STAGE
 from tasks.embed.embed import REPORT
-from tasks.embed.search import (
-    Hit,
-    Searched,
-    Vector,
-    Wanted,
-    read_feature,
-    search_features,
-)
+from tasks.embed.search import Hit, Searched, Vector, Wanted, read_feature, search_features
 from tasks.index.sample_index import Kind, SampleIndex, ShardVerdict, read_verdicts
 from tasks.initialise.config import REGISTRY
 from tasks.verify.config import STAGE as VERIFY

@@ -131,12 +131,11 @@ def cut_share(model: ModelConfig, train: TrainConfig, machines: Machines) -> Cut
     share = train.global_batch // machines.count
     limit = machines.memory_gb * GIB * USABLE_SHARE
     for parts in (number for number in range(1, share + 1) if share % number == 0):
-        micro_batch = share // parts
-        tokens = shown_tokens(train)
+        size = share // parts
         memory = gpu_memory(
-            model, train, ranks=machines.count, micro_batch=micro_batch, text_tokens=tokens
+            model, train, ranks=machines.count, micro_batch=size, text_tokens=shown_tokens(train)
         )
-        cut = Cut(share, micro_batch, memory, limit)
+        cut = Cut(share, size, memory, limit)
         if cut.fits:
             break
     return cut
@@ -189,17 +188,14 @@ def _cannot_share(train: TrainConfig, ranks: int) -> str | None:
 
 
 def _batch_line(cut: Cut, ranks: int) -> Line:
-    cuts, origin = (
-        f", in {cut.parts:,} parts of {cut.micro_batch:,}",
-        (
-            "the largest equal parts that fit; the gradient is the same for any: set "
-            f"EVACLIP_MICRO_BATCH={cut.micro_batch}"
-        ),
-    )
     if not cut.fits:
         cuts, origin = "", "the recipe's; not even one pair at once fits"
     elif cut.parts == 1:
         cuts, origin = ", whole", "a rank's share fits at once"
+    else:
+        cuts = f", in {cut.parts:,} parts of {cut.micro_batch:,}"
+        origin = "the largest equal parts that fit; the gradient is the same for any: set "
+        origin += f"EVACLIP_MICRO_BATCH={cut.micro_batch}"
     return Line("batch", f"{cut.share * ranks:,} = {ranks} x {cut.share:,}{cuts}", origin)
 
 
@@ -216,13 +212,8 @@ def _remedy_line(model: ModelConfig, train: TrainConfig, machines: Machines, cut
             fits = ", which fits" if other.fits else ""
             helpful.append(f"{name}={value} ({other.needed / GIB:,.1f} GiB{fits})")
     helpful.append("more GPUs, which share the optimizer, or larger ones")
-    return Line(
-        *(
-            "does not fit",
-            f"{largest} take {size / GIB:,.1f} GiB",
-            f"less with {', '.join(helpful)}",
-        )
-    )
+    less = f"less with {', '.join(helpful)}"
+    return Line("does not fit", f"{largest} take {size / GIB:,.1f} GiB", less)
 
 
 def reader_bytes(recipe: Recipe, train: TrainConfig, ranks: int) -> int:

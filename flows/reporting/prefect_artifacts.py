@@ -106,9 +106,7 @@ def publish_sources(version: Artifact, root: Path) -> None:
     """Put what became of every source's rows beside the flow run that made a dataset version."""
     made = ancestors_of(version, read_artifacts(root))
     create_table_artifact(
-        per_source(made, version),
-        key="sources",
-        description="What became of every source's rows",
+        per_source(made, version), key="sources", description="What became of every source's rows"
     )
 
 
