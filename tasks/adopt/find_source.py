@@ -139,7 +139,6 @@ def _list_files(pattern: str, where: str) -> tuple[str, list[str]]:
 
 
 def _expand_braces(pattern: str, where: str) -> list[str]:
-    """The names that `{a,b}` and `{000..099}` in a pattern stand for."""
     try:
         ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
         if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MOST_NAMES:

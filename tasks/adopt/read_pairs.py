@@ -291,7 +291,6 @@ def _check_pair(
 
 
 def _read_file(location: str, most: int) -> bytes | PairFlaw:
-    """A file's content, or why it cannot be had."""
     try:
         with open_binary(location) as file:
             content = bytes(file.read(most + 1))

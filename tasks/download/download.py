@@ -175,7 +175,6 @@ class _Pass:
         return self._finished
 
     def _check_shards(self) -> None:
-        """Find out which shards are whole, and why others are not."""
         self._finished, self._problems = [], []
         for planned in self.plan.shards:
             try:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.message import Message
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -42,22 +42,16 @@ class _Host:
     rests_until: float = float("-inf")
 
 
+@dataclass
 class HostGate:
     """Lets at most `connections` threads at once to each host; safe for threads."""
 
-    def __init__(
-        self,
-        connections: int,
-        rest_after: int,
-        max_rest_s: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-
-        self._rest_after = rest_after
-        self._max_rest_s = max_rest_s
-        self._clock = clock
-        self._hosts = defaultdict[str, _Host](lambda: _Host(threading.Semaphore(connections)))
-        self._lock = threading.Lock()
+    connections: int
+    rest_after: int
+    max_rest_s: float
+    clock: Callable[[], float] = time.monotonic
+    _hosts: dict[str, _Host] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get_slots(self, name: str) -> threading.Semaphore:
         """The host's connections; the wait for one is bounded, as every holder is under its
@@ -65,7 +59,7 @@ class HostGate:
         return self._get_host(name).slots
 
     def is_resting(self, name: str) -> bool:
-        return self._clock() < self._get_host(name).rests_until
+        return self.clock() < self._get_host(name).rests_until
 
     def note_answer(self, name: str, *, busy: bool, retry_after_s: float) -> None:
         """Note an answer of the host: whether it refused for being `busy`, and for how long."""
@@ -75,13 +69,15 @@ class HostGate:
                 host.refusals = 0
                 return
             host.refusals += 1
-            beyond = host.refusals - self._rest_after
+            beyond = host.refusals - self.rest_after
             if beyond >= 0:
-                rest_s = min(max(retry_after_s, 2.0 ** min(beyond, 30)), self._max_rest_s)
-                host.rests_until = self._clock() + rest_s
+                rest_s = min(max(retry_after_s, 2.0 ** min(beyond, 30)), self.max_rest_s)
+                host.rests_until = self.clock() + rest_s
 
     def _get_host(self, name: str) -> _Host:
         with self._lock:
+            if name not in self._hosts:
+                self._hosts[name] = _Host(threading.Semaphore(self.connections))
             return self._hosts[name]
 
 

@@ -121,7 +121,6 @@ def _fetch_model(
 
 
 def _require_place(reference: Reference, places: Sequence[str]) -> None:
-    """Refuse a reference to what is not below one of `places`."""
     for place in places:
         if "://" not in place:
             place = Path(place).resolve().as_uri()
