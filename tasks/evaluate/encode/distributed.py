@@ -24,13 +24,7 @@ from tasks.evaluate.encode.encode_features import (
     read_features,
     texts_of,
 )
-from tasks.evaluate.encode.encode_worker import (
-    EncodeJob,
-    ImageList,
-    ImageWork,
-    ModelWork,
-    do_share,
-)
+from tasks.evaluate.encode.encode_worker import EncodeJob, ImageList, ImageWork, ModelWork, do_share
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.process.ranks import RankState, run_ranks
 from tasks.progress import Report

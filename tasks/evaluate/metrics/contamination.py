@@ -50,10 +50,7 @@ def hash_set(evalset: EvalSet, blocks: Path) -> ImageHashes:
 
 
 def seen_in_training(
-    sets: Mapping[str, ImageHashes],
-    trained_on: Sequence[TrainingData],
-    most: int,
-    report: Report,
+    sets: Mapping[str, ImageHashes], trained_on: Sequence[TrainingData], most: int, report: Report
 ) -> dict[str, Mask]:
     """Masks of the images of each set with a copy, or a look-alike, among the training samples; all
     are looked for in one pass over each index.

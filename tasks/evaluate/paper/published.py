@@ -167,12 +167,7 @@ def find_published(row: str, set_key: str, metric: str) -> PaperFigure | None:
 
 
 def judge_figure(
-    ours: float,
-    reference: PaperFigure,
-    evalset: EvalSet,
-    model: PaperModel,
-    *,
-    split: str = "",
+    ours: float, reference: PaperFigure, evalset: EvalSet, model: PaperModel, *, split: str = ""
 ) -> PaperVerdict:
     """The verdict on a figure of ours, a share, beside the published one.
 

@@ -6,11 +6,7 @@ from typing import NamedTuple
 
 from tasks.evaluate.paper.published import members_of
 from tasks.evaluate.report.findings import Figure, Findings
-from tasks.evaluate.report.numbers import (
-    format_interval,
-    format_percent,
-    format_points,
-)
+from tasks.evaluate.report.numbers import format_interval, format_percent, format_points
 from tasks.evaluate.report.tables import (
     SURE,
     TABLES,

@@ -215,7 +215,7 @@ def count_sets_and_images(found: Findings) -> str:
 def figure_table(found: Findings, evalset: str) -> Table:
     """Every figure of the subject on a set, beside the other models and chance."""
     table = Table.of(
-        *("metric", found.subject, "95 % interval", "under ties", *found.others, "chance"),
+        "metric", found.subject, "95 % interval", "under ties", *found.others, "chance"
     )
     for one in found.list_figures(evalset, found.subject):
         is_tied = one.bounds is not None and one.bounds[0] != one.bounds[1]

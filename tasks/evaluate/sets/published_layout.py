@@ -40,13 +40,7 @@ from evaclip_model.zeroshot.set_layout import (
 from tasks.evaluate.sets.choice_questions import Question, read_questions
 from tasks.evaluate.sets.class_order import normalise_name
 from tasks.evaluate.sets.prompts import find_classnames, find_templates, subset_classes
-from tasks.evaluate.sets.set_registry import (
-    CLASS_KINDS,
-    Kind,
-    KnownSet,
-    NameSource,
-    PromptSource,
-)
+from tasks.evaluate.sets.set_registry import CLASS_KINDS, Kind, KnownSet, NameSource, PromptSource
 
 if TYPE_CHECKING:
     from tasks.evaluate.metrics.metric import Metric
@@ -316,10 +310,7 @@ _READERS = {"classification": read_label, "multilabel": _parse_labels, "retrieva
 
 
 def _in_subset(
-    names: tuple[str, ...],
-    entries: list[_Indexed],
-    tars: Sequence[Path],
-    known: KnownSet | None,
+    names: tuple[str, ...], entries: list[_Indexed], tars: Sequence[Path], known: KnownSet | None
 ) -> tuple[tuple[str, ...], list[_Indexed]]:
     """Names and labels that count the classes of a subset of ImageNet only, in ImageNet's order, as
     published sets do; labels of the thousand, as of a folder of ImageNet's form, are renumbered."""

@@ -13,17 +13,9 @@ from typing import Any
 from evaclip_model.errors import InputError
 from evaclip_model.files import refuse_special
 from evaclip_model.reading.urls import read_text
-from tasks.evaluate.sets.convert.label_table import (
-    choose_split,
-    match_column,
-    read_rows,
-)
+from tasks.evaluate.sets.convert.label_table import choose_split, match_column, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Source
-from tasks.evaluate.sets.convert.source_images import (
-    FileFinder,
-    image_source,
-    walk_files,
-)
+from tasks.evaluate.sets.convert.source_images import FileFinder, image_source, walk_files
 
 _FORMS = (
     'expected Karpathy\'s {"images": [{"filename", "split", "sentences": [{"raw"}]}]}, COCO\'s '

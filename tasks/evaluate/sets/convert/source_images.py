@@ -16,12 +16,7 @@ from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.files import refuse_special
 from evaclip_model.reading.image_decoder import MAGIC_BYTES, MAX_BYTES, identify_format
 from evaclip_model.zeroshot.set_layout import is_system_file
-from tasks.evaluate.sets.convert.shard_writer import (
-    Found,
-    Source,
-    UnusableSourceError,
-    image_file,
-)
+from tasks.evaluate.sets.convert.shard_writer import Found, Source, UnusableSourceError, image_file
 
 _KNOWN_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 _SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev"))
