@@ -214,11 +214,7 @@ def retrieve_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int 
 
 def retrieve_images(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int = 10) -> Ranking:
     """Text-to-image: the image [N, D] of every caption [T, D] among all images."""
-    gallery = Gallery.from_features(images)
-    return join_rankings(
-        rank_targets(gallery.compute_logits(texts[rows]), image_of_text[rows], k)
-        for rows in gallery.split_queries(len(texts))
-    )
+    return rank_classes(texts, images, image_of_text, k)
 
 
 @contextmanager
