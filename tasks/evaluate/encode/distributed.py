@@ -59,7 +59,7 @@ class Features:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         while models := self._missing_work(folder):
-            left = sum(map(_count_work, models))
+            left = sum(len(work.texts) + sum(one.count for one in work.images) for work in models)
             idle = idle + 1 if left == before else 0
             if idle > MAX_IDLE_STARTS:
                 logs = [log.read_text(errors="replace") for log in sorted(folder.glob("*.log"))]
@@ -173,10 +173,6 @@ class Features:
     def _made_by(self) -> str:
         """Precision, device and version, which decide the last bits of a feature."""
         return f"{self.precision}-{self.machine.device}-torch{metadata.version('torch')}"
-
-
-def _count_work(work: ModelWork) -> int:
-    return len(work.texts) + sum(one.count for one in work.images)
 
 
 def _count_blocks(work: ModelWork) -> int:

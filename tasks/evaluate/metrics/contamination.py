@@ -16,7 +16,6 @@ import torch
 
 from evaclip_model.files import replace_file
 from tasks.evaluate.metrics.compute import Figures, compute_figures
-from tasks.evaluate.metrics.probes import ProbeAnswers
 from tasks.evaluate.metrics.scored import Scored, image_of_caption
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.index.perceptual_hash import ImageHashes, KnownHashes, hash_images
@@ -112,8 +111,8 @@ def figures_without(scored: Scored, seen: Mask) -> Figures | None:
             images=scored.images and scored.images.select_queries(left[image_of_caption(evalset)]),
             scores=None if scored.scores is None else scored.scores[left],
             probes={
-                name: ProbeAnswers(
-                    tuple(each.select_queries(left) for each in one.rankings), one.made
+                name: replace(
+                    one, rankings=tuple(each.select_queries(left) for each in one.rankings)
                 )
                 for name, one in scored.probes.items()
             },
