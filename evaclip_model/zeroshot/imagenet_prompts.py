@@ -27,8 +27,7 @@ def imagenet_templates() -> tuple[str, ...]:
 
 def _read_strings(name: str, count: int) -> tuple[str, ...]:
     """The list of this name: strings, or functions from the class name to an f-string."""
-    path = package_file(_FILE)
-    if path is None:
+    if (path := package_file(_FILE)) is None:
         raise InputError(
             f"ImageNet's prompts, {_FILE}, were not found: install open_clip_torch, which ships it"
         )

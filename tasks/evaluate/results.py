@@ -183,8 +183,7 @@ def _paper_figures(
         if (model := rows[name]) is None:
             continue
         for metric in metrics_in(figures):
-            reference = find_published(model.row, evalset.name, metric.name)
-            if reference is None:
+            if (reference := find_published(model.row, evalset.name, metric.name)) is None:
                 continue
             ruling = judge_figure(figures[metric.name], reference, evalset, model, split=split)
             found.setdefault(name, {})[metric.name] = {
@@ -245,15 +244,12 @@ def warnings_of(
 ) -> list[str]:
     """Sentences about one set and the model that is evaluated."""
     found = list(evalset.warnings)
-    duplicates = len(evalset.classnames) - len(set(evalset.classnames))
-    if duplicates:
+    if duplicates := len(evalset.classnames) - len(set(evalset.classnames)):
         found.append(f"{duplicates} class names occur more than once: their images tie exactly")
     if evalset.kind == "classification":
-        absent = len(evalset.classnames) - len({sample.label for sample in evalset.samples})
-        if absent:
+        if absent := len(evalset.classnames) - len({sample.label for sample in evalset.samples}):
             found.append(f"{absent} of {len(evalset.classnames)} classes have no image")
-        swapped = permuted_classes(evalset, scored)
-        if swapped:
+        if swapped := permuted_classes(evalset, scored):
             true, said = next(iter(swapped.items()))
             found.append(
                 f"{len(swapped)} classes are answered by another class each, as if names and "

@@ -174,8 +174,7 @@ def judge_figure(
     `split` says which images these are: without it a set is not compared of which the paper does
     not name the images.
     """
-    why_not = next(_list_obstacles(reference, evalset, model, split), None)
-    if why_not is not None:
+    if why_not := next(_list_obstacles(reference, evalset, model, split), None):
         return PaperVerdict("not comparable", why_not)
     tolerance = UNKNOWN_TOLERANCE if reference.tolerance is None else reference.tolerance
     apart = abs(100 * ours - reference.value)

@@ -71,8 +71,7 @@ def summary_sentences(found: Findings) -> list[str]:
         better, worse = sure.count(True), sure.count(False)
         others.append({"name": other, "tests": len(tests), "better": better, "worse": worse})
     for key in found.sets:
-        flagged = found.contaminated_images(key).get("flagged", 0)
-        if flagged:
+        if flagged := found.contaminated_images(key).get("flagged", 0):
             seen.append((flagged / found.describe_set(key)["n"], found.set_name(key)))
     seen.sort(key=lambda pair: -pair[0])
     said = TEMPLATES.get_template("sentences.txt.j2").render(

@@ -115,8 +115,7 @@ def average_table(found: Findings) -> Table:
     )
     for key, title in TABLES.items():
         for model in found.models:
-            average = found.table_average(key, model)
-            if not average:
+            if not (average := found.table_average(key, model)):
                 continue
             common, reference = average["intersection_value"], average["intersection_reference"]
             sets = len(average["sets"])
@@ -287,8 +286,7 @@ def _describe_model(about: Mapping[str, Any]) -> Iterator[str]:
     yield f"{about['params'] / 1e6:,.1f} million parameters"
     if about["gflops"]:
         yield f"{about['gflops']:,.1f} GFLOPs an image"
-    settings = about["preprocessing"].items()
-    if settings:
+    if settings := about["preprocessing"].items():
         yield f"images: {', '.join(f'{name} {_describe_value(value)}' for name, value in settings)}"
     if about["source"]:
         yield f"from {about['source']}"

@@ -70,12 +70,10 @@ def list_oddities(evalset: EvalSet, unreadable: Mapping[str, str]) -> Iterator[s
         seen = {label for one in evalset.samples for label in (one.label, *one.labels)}
         empty = [name for label, name in enumerate(names) if label not in seen]
         yield from _count_odd(empty, "classes have no image")
-    again = len(evalset) - len({sample.sha256 for sample in evalset.samples})
-    if again:
+    if again := len(evalset) - len({sample.sha256 for sample in evalset.samples}):
         yield f"{again:,} images are copies of others, byte by byte"
     texts = Counter(text for sample in evalset.samples for text in set(sample.captions))
-    shared = sum(count > 1 for count in texts.values())
-    if shared:
+    if shared := sum(count > 1 for count in texts.values()):
         yield f"{shared:,} captions belong to several images word for word: exact ties"
     reasons = [f"{key} ({reason})" for key, reason in unreadable.items()]
     yield from _count_odd(reasons, "images cannot be decoded")

@@ -107,8 +107,7 @@ def imagenet_synsets() -> tuple[str, ...]:
 
 
 def _from_wheel(file: str, key: str | None, name: str) -> tuple[str, ...]:
-    path = package_file(f"datasets/{file}", WHEEL)
-    if path is None:
+    if (path := package_file(f"datasets/{file}", WHEEL)) is None:
         raise InputError(
             f"set '{name}': its list comes from the distribution clip-benchmark, which is not "
             "installed: `pip install --no-deps clip-benchmark`, or name another source"
@@ -120,7 +119,6 @@ def _from_wheel(file: str, key: str | None, name: str) -> tuple[str, ...]:
 
 
 def _timm_lines(file: str) -> tuple[str, ...]:
-    path = package_file(f"data/_info/{file}", "timm")
-    if path is None:
+    if (path := package_file(f"data/_info/{file}", "timm")) is None:
         raise InputError(f"ImageNet's classes, timm's {file}, were not found: install timm")
     return tuple(path.read_text().split())

@@ -136,8 +136,7 @@ def write_set(
         return finished
     growing = folder.with_name(f".{folder.name}.part")
     growing.mkdir(parents=True, exist_ok=True)
-    lock = lock_file(growing / ".lock")
-    if lock is None:
+    if (lock := lock_file(growing / ".lock")) is None:
         raise InputError(f"another run is writing {growing}: wait for it, or stop it")
     with lock:
         _start_folder(growing, decides)
