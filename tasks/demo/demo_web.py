@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from evaclip_model.errors import InputError
@@ -74,27 +75,19 @@ class Handler(BaseHTTPRequestHandler):
         route, name = split_path(self.path)
         drawing = self.server.drawings.get(name, b"")
         half = drawing[: len(drawing) // 2]
-        match route if drawing else "gone":
-            case "img":
-                self._answer(drawing)
-            case "optout":
-                self._answer(drawing, X_Robots_Tag="noai, noimageai")
-            case "moved":
-                self._answer(status=HTTPStatus.MOVED_PERMANENTLY, Location=f"/img/{name}")
-            case "loop":
-                self._answer(status=HTTPStatus.FOUND, Location=f"/loop/{name}")
-            case "busy":
-                self._answer(status=HTTPStatus.SERVICE_UNAVAILABLE, Retry_After="120")
-            case "page":
-                self._answer(PAGE, Content_Type="text/html")
-            case "broken":
-                self._answer(half)
-            case "cut":
-                self._answer(drawing, sent=[half], Connection="close")
-            case "slow":
-                self._answer(drawing, sent=self._drip(drawing), Connection="close")
-            case _:
-                self._answer(status=HTTPStatus.NOT_FOUND)
+        answers: dict[str, dict[str, Any]] = {
+            "img": {"body": drawing},
+            "optout": {"body": drawing, "X_Robots_Tag": "noai, noimageai"},
+            "moved": {"status": HTTPStatus.MOVED_PERMANENTLY, "Location": f"/img/{name}"},
+            "loop": {"status": HTTPStatus.FOUND, "Location": f"/loop/{name}"},
+            "busy": {"status": HTTPStatus.SERVICE_UNAVAILABLE, "Retry_After": "120"},
+            "page": {"body": PAGE, "Content_Type": "text/html"},
+            "broken": {"body": half},
+            "cut": {"body": drawing, "sent": [half], "Connection": "close"},
+            "slow": {"body": drawing, "sent": self._drip(drawing), "Connection": "close"},
+            "gone": {"status": HTTPStatus.NOT_FOUND},
+        }
+        self._answer(**answers[route if drawing and route in answers else "gone"])
 
     def log_message(self, format: str, *args: object) -> None:
         log.debug(format, *args)

@@ -1,9 +1,6 @@
 """The demo stage: metadata that points at the loopback server, and held-out evaluation sets (a
 classification set over all concepts and a retrieval set, both of Twemoji drawings, in the
 webdataset form in which such sets are published).
-
-Not here: serving the pictures (`demo_web.py`), building the committed pictures and metadata
-(`tests/tasks/demo/build_images.py`, `tests/tasks/demo/plan_metadata.py`).
 """
 
 import io
