@@ -1,7 +1,5 @@
 """The content of `results.json`: every figure, with the data and settings behind it."""
 
-import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -9,7 +7,7 @@ from importlib import metadata
 from statistics import fmean
 from typing import Any
 
-from tasks.encoders.open_models import Identity
+from tasks.encoders.open_models import Identity, digest_of
 from tasks.evaluate.config import STAGE, EvaluateConfig
 from tasks.evaluate.encode.encode_features import texts_of
 from tasks.evaluate.metrics.compute import Figures, chance_levels, compare_models, compute_figures
@@ -148,8 +146,7 @@ def counts_of(results: Mapping[str, Any]) -> dict[str, float]:
 
 def prompts_digest(evalset: EvalSet) -> str:
     """16 hex digits over the class names and templates, or the captions, that were encoded."""
-    texts = [list(evalset.classnames), list(evalset.templates), evalset.captions]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    return digest_of([evalset.classnames, evalset.templates, evalset.captions])
 
 
 def _describe_set(evalset: EvalSet, split: str) -> dict[str, Any]:

@@ -28,8 +28,6 @@ ROBUSTNESS = "1b"
 BASE = "imagenet1k"
 """Set that the gap of Table 1b is measured from."""
 
-Ruling = Literal["reproduced", "differs", "not comparable"]
-
 
 class PublishedModel(Config):
     """One model of the paper, and by what its weights are known."""
@@ -118,7 +116,7 @@ class PaperModel:
 
 
 class PaperVerdict(NamedTuple):
-    verdict: Ruling
+    verdict: Literal["reproduced", "differs", "not comparable"]
     reason: str
     """One clause."""
 

@@ -100,8 +100,7 @@ class Conversion:
 
     def left_out(self) -> dict[str, int]:
         """Number of sources that gave no image, by reason, the most frequent first."""
-        reasons = Counter(reason for _, reason in self.failures)
-        return dict(reasons.most_common())
+        return dict(Counter(reason for _, reason in self.failures).most_common())
 
 
 def write_set(
