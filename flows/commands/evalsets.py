@@ -1,8 +1,6 @@
-"""Commands about evaluation sets: `evalsets list`, `show`, `check`, `convert FORM`.
-
-Not here: the registry (tasks/evaluate/sets/set_registry.py), reading and checking sets
-(tasks/evaluate/sets/check_set.py), writing them (tasks/evaluate/sets/convert).
-"""
+"""Commands about evaluation sets: `evalsets list`, `show`, `check`, `convert FORM`. Not here: the
+registry (tasks/evaluate/sets/set_registry.py), reading and checking sets
+(tasks/evaluate/sets/check_set.py), writing them (tasks/evaluate/sets/convert)."""
 
 from __future__ import annotations
 

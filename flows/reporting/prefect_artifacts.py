@@ -1,8 +1,6 @@
-"""The page of a flow run: links, summaries, tables, the picture of a model's lineage, and the
-page of a finished recipe for those who pay for it.
-
-Not here: figures (results_table.py), what tracking gets of every step (flows/graph/step.py).
-"""
+"""The page of a flow run: links, summaries, tables, the picture of a model's lineage, and the page
+of a finished recipe for those who pay for it. Not here: figures (results_table.py), what tracking
+gets of every step (flows/graph/step.py)."""
 
 import base64
 import json

@@ -1,8 +1,6 @@
 """Check of shards against their own counts, and the ledger of those that were found whole before.
-
 Not here: whether images decode (the verify stage). 200,000 shards are 50 TB; the sizes and times of
-their files, by which the ledger knows them again, are seconds.
-"""
+their files, by which the ledger knows them again, are seconds."""
 
 import json
 import tarfile

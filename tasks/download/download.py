@@ -1,7 +1,6 @@
-"""Download the images of a merge into shards, once each, whatever interrupts it.
-
-Not here: how a URL is fetched (fetch.py), what a whole shard is (check_shards.py), which rows
-another pass tries (retry_passes.py), when to stop early (watch_progress.py).
+"""Download the images of a merge into shards, once each, whatever interrupts it. Not here: how a
+URL is fetched (fetch.py), what a whole shard is (check_shards.py), which rows another pass tries
+(retry_passes.py), when to stop early (watch_progress.py).
 
     out/shards            the first pass: every row
     out/pass-N/rows       rows whose failure may pass, from the pass before

@@ -5,10 +5,8 @@ machine's use; all of it into a journal on disk. Works with or without Prefect.
 
 A pipeline run that was killed is continued by the next one of the same recipe digest; a stage
 entered twice is one run. Nothing here raises because of the store: events wait in the journal and a
-later run ships them.
-
-Not here: the way from the journal to MLflow (shipper.py), what is logged of an artifact
-(stage_record.py), OpenLineage (openlineage.py), the journal's files (journal.py).
+later run ships them. Not here: the way from the journal to MLflow (shipper.py), what is logged of
+an artifact (stage_record.py), OpenLineage (openlineage.py), the journal's files (journal.py).
 """
 
 from __future__ import annotations

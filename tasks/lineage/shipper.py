@@ -1,9 +1,6 @@
 """From a journal to MLflow: the thread that does it while work goes on, what earlier runs left
 behind, and what each event and each new line of metrics does in the store; doing it twice changes
-nothing.
-
-Not here: what makes events (mlflow_store.py), logged models (stage_record.py).
-"""
+nothing. Not here: what makes events (mlflow_store.py), logged models (stage_record.py)."""
 
 from __future__ import annotations
 

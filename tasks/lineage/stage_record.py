@@ -1,8 +1,6 @@
-"""From artifacts to what MLflow stores: parameters, metrics, tags, datasets, logged models.
-
-Not here: the rest of MLflow (shipper.py), the journal (journal.py), a registered version's own
-logged model (tasks/register). Weights stay where they are; a logged model says where, and which.
-"""
+"""From artifacts to what MLflow stores: parameters, metrics, tags, datasets, logged models. Not
+here: the rest of MLflow (shipper.py), the journal (journal.py), a registered version's own logged
+model (tasks/register). Weights stay where they are; a logged model says where, and which."""
 
 from __future__ import annotations
 

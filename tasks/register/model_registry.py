@@ -1,7 +1,6 @@
-"""A trained model as a version of a registered model: loadable anywhere, traceable to its rows.
-
-Not here: the model as it runs when loaded (served_model.py), pulling it back (pull_model.py),
-whether it replaces the version in use (gate.py, promotion.py).
+"""A trained model as a version of a registered model: loadable anywhere, traceable to its rows. Not
+here: the model as it runs when loaded (served_model.py), pulling it back (pull_model.py), whether
+it replaces the version in use (gate.py, promotion.py).
 
 Killed at any moment, the next call finds what is there by its tags and goes on from it. MLflow,
 torch, safetensors and Pillow are enough to load a version: what else the tokenizer needs travels

@@ -1,7 +1,6 @@
 """The version of a registered model that is in use: promoting, rolling back, and who did it when,
-as tags of the versions.
-
-Not here: deciding (gate.py), registering (model_registry.py), asking a person.
+as tags of the versions. Not here: deciding (gate.py), registering (model_registry.py), asking a
+person.
 
 All that asks the registry raises InputError where it does not answer, or has no such version. The
 alias moves first and is recorded then; the next process that finds it moved but not recorded

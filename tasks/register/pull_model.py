@@ -1,8 +1,6 @@
-"""A registered model back as a plain folder, for `evaclip` or for another library.
-
-Not here: resolving a name (model_versions.py), writing the other libraries' forms
-(evaclip_model/weights/export.py).
-"""
+"""A registered model back as a plain folder, for `evaclip` or for another library. Not here:
+resolving a name (model_versions.py), writing the other libraries' forms
+(evaclip_model/weights/export.py)."""
 
 from __future__ import annotations
 
