@@ -1,8 +1,4 @@
-"""Adopted data: the `[adopt]` table of a recipe.
-
-Covers: the config, the stage's name and version.
-Not here: finding and packing.
-"""
+"""Adopted data: the `[adopt]` table of a recipe. Not here: finding and packing."""
 
 from typing import ClassVar, Literal, Self
 

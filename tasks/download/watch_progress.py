@@ -9,10 +9,10 @@ import struct
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
 
 from tasks.download.fetch_outcome import NETWORK, Outcome
 from tasks.progress import format_bytes
@@ -45,7 +45,7 @@ class Progress:
         return Progress(self.counts + other.counts, fetched_bytes, self.busy | other.busy)
 
 
-class OutcomeCounter:
+class OutcomeCounter(AbstractContextManager["OutcomeCounter"]):
     """Counts the fetches of one shard into its own file; safe for threads."""
 
     def __init__(self, folder: Path, shard: int) -> None:
@@ -60,9 +60,6 @@ class OutcomeCounter:
             self._counts[outcome] += 1
             self._bytes += fetched_bytes
             self._write_counts(os.getpid())
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._write_counts(0)
