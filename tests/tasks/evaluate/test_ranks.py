@@ -21,7 +21,6 @@ from evaclip_model.training.monitoring.validation import open_probe, run_probe
 from evaclip_model.zeroshot.exact_ranks import normalise_features, text_classifier
 from tasks.encoders.open_models import identify_model, open_subject
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, EvaluationMachine
-from tasks.evaluate.encode import distributed
 from tasks.evaluate.encode.distributed import Features
 from tasks.evaluate.encode.encode_features import (
     Cache,
@@ -225,7 +224,7 @@ def test_a_set_that_fails_beside_a_killed_rank_leaves_the_others_their_own_image
 ):
     discs = {"discs": open_set("discs", retrieval, "retrieval")}
     both = {"colours": open_set("colours", classification, "classification"), **discs}
-    spec, run_ranks = str(saved_model(1)), distributed._run_ranks
+    spec, run_ranks = str(saved_model(1)), Features._run_ranks
     found = []
     for name, sets in (("alone", discs), ("both", both)):
         cache, identities = Cache(tmp_path / name, 1 << 30), {"a": identify_model(spec)}
@@ -233,11 +232,11 @@ def test_a_set_that_fails_beside_a_killed_rank_leaves_the_others_their_own_image
         features.compute_missing(tmp_path / "job", report_nothing)
         found.append(features.image_features("a", "discs"))
 
-        def fail_once(*given: object) -> dict[str, str]:
-            monkeypatch.setattr(distributed, "_run_ranks", run_ranks)
-            return {"colours": "an image cannot be decoded"}
+        def fail_once(self: Features, *given: object) -> None:
+            monkeypatch.setattr(Features, "_run_ranks", run_ranks)
+            self.failed["colours"] = "an image cannot be decoded"
 
-        monkeypatch.setattr(distributed, "_run_ranks", fail_once)
+        monkeypatch.setattr(Features, "_run_ranks", fail_once)
     assert torch.equal(*found)
 
 
