@@ -83,9 +83,7 @@ def results_of(
             for name, one in whole.items()
         },
         "results": results,
-        "own_metrics": {
-            metric.name: metric.title for one in whole.values() for metric in one.own_metrics
-        },
+        "own_metrics": {one.name: one.title for each in whole.values() for one in each.own_metrics},
         "chance": chance,
         "paper": {
             name: _paper_figures(one, results[name], rows, splits[name])

@@ -30,10 +30,8 @@ def compute_figures(scored: Scored) -> Figures:
     probes = {name: one.made for name, one in scored.probes.items()}
     return {
         **_count_answers(scored),
-        "intervals": {metric.name: metric.compute_interval(scored) for metric in metrics},
-        "bounds": {
-            metric.name: metric.tie_bounds(scored, values[metric.name]) for metric in metrics
-        },
+        "intervals": {one.name: one.compute_interval(scored) for one in metrics},
+        "bounds": {one.name: one.tie_bounds(scored, values[one.name]) for one in metrics},
         **values,
         **({"probes": probes} if probes else {}),
         **_describe_classes(scored),

@@ -578,9 +578,7 @@ def headlines_of(kind: Kind, named: PaperMetric | None) -> list[Metric]:
     """
     first = [one for one in METRICS if one.kind == kind and one.headline]
     named = named or next(one.printed_for for one in first if not one.is_theirs_alone)
-    return sorted(
-        (one for one in first if one.printed_for == named), key=lambda metric: metric.headline
-    )
+    return sorted((one for one in first if one.printed_for == named), key=lambda one: one.headline)
 
 
 def printed_columns(known: KnownSet) -> dict[str, str]:

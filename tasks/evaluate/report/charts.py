@@ -89,9 +89,8 @@ def line_chart(lines: Sequence[ChartLine], *, x: str, y: str, log_x: bool = Fals
     x_ticks = [10.0**power for power in range(-12, 13)] if log_x else choose_ticks(low, high)
     y_ticks = choose_ticks(min(0.0, *ys), max(ys))
     x_range = (low, max(high, low * (1 + 1e-9) + 1e-9))
-    return Markup(
-        MACROS.line_chart(_Axes(520, 250, x, y, x_range, x_ticks, y_ticks, log_x), finite)
-    )
+    axes = _Axes(520, 250, x, y, x_range, x_ticks, y_ticks, log_x)
+    return Markup(MACROS.line_chart(axes, finite))
 
 
 def choose_ticks(low: float, high: float, about: int = 5) -> list[float]:
