@@ -8,7 +8,6 @@ import json
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -59,7 +58,13 @@ def bundle_assets(package: Path) -> None:
     if vocabulary is None:
         raise FileNotFoundError(VOCABULARY)
     shutil.copyfile(vocabulary, folder / VOCABULARY)
-    classes = {name: list(_find_ranges(rf"\p{{{name}}}+")) for name in ("L", "N")}
+    import regex  # a loader of the carried copy does without it
+
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    classes = {
+        name: [(run.start(), run.end() - 1) for run in regex.finditer(rf"\p{{{name}}}+", every)]
+        for name in ("L", "N")
+    }
     (folder / CLASSES).write_text(json.dumps(classes, separators=(",", ":")))
     with zipfile.ZipFile(folder / SOURCES, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(metadata.files("ftfy") or [], key=str):
@@ -67,12 +72,3 @@ def bundle_assets(package: Path) -> None:
             if is_needed and ".." not in file.parts:
                 info = zipfile.ZipInfo(str(file), _EPOCH)
                 archive.writestr(info, Path(file.locate()).read_bytes(), zipfile.ZIP_DEFLATED)
-
-
-def _find_ranges(pattern: str) -> Iterator[tuple[int, int]]:
-    """First and last code point of every run of characters that `regex` finds."""
-    import regex  # a loader of the carried copy does without it
-
-    every = "".join(map(chr, range(sys.maxunicode + 1)))
-    for match in regex.finditer(pattern, every):
-        yield match.start(), match.end() - 1
