@@ -34,6 +34,7 @@ BROKEN_TEXT = "__broken_text"
 TEXTS = ("url", "caption", "language", "image_hash")
 """Parts that only text can play."""
 EITHER = ("id", "unsafe")
+JUDGED = ("language", "similarity", "watermark")
 ROWS_AT_ONCE = 50_000
 
 
@@ -75,9 +76,8 @@ def column_map(
 class JudgedParts(NamedTuple):
     """The columns that rules can judge a source by: what any of its files has."""
 
-    language: bool
-    similarity: bool
-    watermark: bool
+    parts: frozenset[str]
+    """Of `JUDGED`."""
     scores: frozenset[str]
     """Safety columns that hold numbers."""
     tags: frozenset[str]
@@ -87,9 +87,7 @@ class JudgedParts(NamedTuple):
     def of(cls, maps: Sequence[tuple[ColumnMap, PublishedColumns]]) -> Self:
         unsafe = {name: kinds[name] for columns, kinds in maps for name in columns.unsafe}
         return cls(
-            any(columns.language for columns, _ in maps),
-            any(columns.similarity for columns, _ in maps),
-            any(columns.watermark for columns, _ in maps),
+            frozenset(p for p in JUDGED if any(getattr(columns, p) for columns, _ in maps)),
             frozenset(name for name, kind in unsafe.items() if kind != TEXT),
             frozenset(name for name, kind in unsafe.items() if kind == TEXT),
         )
@@ -128,9 +126,7 @@ def select_list(columns: ColumnMap, published: PublishedColumns, judged: JudgedP
         "unknown_tag": _join_with_or(not_known),
         "language": _text_column(columns.language),
         "image_hash": _text_column(columns.image_hash),
-        "has_language": str(judged.language),
-        "has_similarity": str(judged.similarity),
-        "has_watermark": str(judged.watermark),
+        **{f"has_{part}": str(part in judged.parts) for part in JUDGED},
         "broken_text": NOT_BROKEN,
     }
     return ",\n    ".join(f"{expression} AS {name}" for name, expression in items.items())
