@@ -56,9 +56,11 @@ def import_checkpoint(
         read = _read_universal if is_universal else _read_zero
         found, state, counted = read(folder, model, shapes)
         updates = int(counted["step"])
+    scaler = vars(state["loss_scaler"]) if state.get("dynamic_loss_scale") else {}  # fp16 has one
+    scaler = {name: scaler[name] for name in SCALER_FIELDS if name in scaler}
     progress = TrainingProgress(
         step=step,
-        counters={"updates": updates, "scaler": _read_scaler(state)},
+        counters={"updates": updates, "scaler": scaler},
         bad_samples={},
         seconds=0.0,
         settings=settings_of(config, architecture.at_image_px(config.image_px)),
@@ -117,26 +119,13 @@ def _read_universal(
         values: Tensor = held["param"] if isinstance(held, Mapping) else held
         return values.detach().float().reshape(-1)
 
+    files = {"param": "fp32", **dict(zip(MOMENTS, MOMENTS, strict=True))}
     pieces: dict[str, Pieces] = {
-        name: [
-            {
-                "param": read_piece(name, "fp32"),
-                **{kind: read_piece(name, kind) for kind in MOMENTS},
-            }
-        ]
-        for name in shapes
+        name: [{kind: read_piece(name, file) for kind, file in files.items()}] for name in shapes
     }
     steps = folder / "zero" / next(iter(shapes)) / "step.pt"
     counted = {"step": _open_file(steps)} if steps.is_file() else {}
     return pieces, state, ChainMap(counted, state["param_groups"][0])
-
-
-def _read_scaler(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The fp16 loss scaler's fields; empty in other precisions."""
-    if not state.get("dynamic_loss_scale"):
-        return {}
-    fields = vars(state["loss_scaler"])
-    return {name: fields[name] for name in SCALER_FIELDS if name in fields}
 
 
 def _name_pieces(
