@@ -43,7 +43,13 @@ def open_tensors(
         tensors = _of_file(path, allow_torchscript)
     if not tensors:
         raise InputError(f"{path} holds no tensors with names: give a state dict of a model")
-    return _strip_wrappers(tensors, path)
+    named: dict[str, StoredTensor] = {}
+    for key, tensor in tensors.items():
+        name = plain_name(key)
+        if name in named:
+            raise InputError(f"{path} holds '{name}' twice, also as '{key}': keep one of them")
+        named[name] = tensor
+    return named
 
 
 def plain_name(key: str) -> str:
@@ -132,13 +138,3 @@ def _of_training(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, St
         shape = shapes.get(name, whole.shape)
         found[name] = replace(whole, shape=shape) if shape.numel() == whole.shape[0] else whole
     return found
-
-
-def _strip_wrappers(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
-    named: dict[str, StoredTensor] = {}
-    for key, tensor in tensors.items():
-        name = plain_name(key)
-        if name in named:
-            raise InputError(f"{path} holds '{name}' twice, also as '{key}': keep one of them")
-        named[name] = tensor
-    return named
