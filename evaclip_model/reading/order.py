@@ -110,8 +110,6 @@ class Mixture:
 
 
 class _LaidOut(NamedTuple):
-    """Shards laid end to end."""
-
     shards: Ints
     ends: Ints
     """Samples up to and with each shard."""

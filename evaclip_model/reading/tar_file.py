@@ -58,7 +58,6 @@ class TarReader:
         self.stretch_bytes = 0
 
     def _read_from(self, offset: int) -> memoryview:
-        """Read what is read at once from a header on."""
         return memoryview(os.pread(self._tar, self.stretch_bytes or _AT_ONCE, offset))
 
     def __iter__(self) -> Iterator[Member]:

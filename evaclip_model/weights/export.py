@@ -197,7 +197,6 @@ def _require_timm(config: VisionConfig, library: Library) -> None:
 
 
 def _timm_name(config: VisionConfig) -> str | None:
-    """timm's name of an image tower, if it has one."""
     for name, timm_name in _TIMM_NAMES.items():
         known = ModelConfig.load(name).vision
         if known.model_copy(update={"drop_path": config.drop_path}) == config:

@@ -201,7 +201,6 @@ def _group_tables(tables: Iterable[Path]) -> Iterator[list[tuple[int, Path]]]:
 
 
 def _write_rows(tables: Sequence[tuple[int, Path]], first_row: int, target: Path) -> None:
-    """One file of rows, from the tables of some shards."""
     added = [("row", pa.int64()), ("shard", pa.int32()), ("place", pa.int32())]
     schema = pa.schema([*added, *COLUMNS])
 

@@ -156,8 +156,6 @@ def main(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class _Job:
-    """One job of the cluster."""
-
     cluster: Cluster
     script: str
     name: str

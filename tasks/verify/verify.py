@@ -121,7 +121,6 @@ def _refuse_changed(shards: Sequence[AdoptedShard]) -> None:
 def _verify_missing(
     config: VerifyConfig, listed: Sequence[ShardJob], out: Path, processes: int, report: Report
 ) -> None:
-    """Make the table of every shard that has none yet."""
     folder = out / TABLES
     folder.mkdir(parents=True, exist_ok=True)
     for torn in folder.glob(".*"):

@@ -124,8 +124,6 @@ def read_verdict(target: Path) -> ShardVerdict:
 
 @dataclass
 class _Seen:
-    """The samples of a shard so far."""
-
     config: VerifyConfig
     job: ShardJob
     rows: list[dict[str, Any]] = field(default_factory=list)
