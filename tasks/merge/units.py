@@ -61,7 +61,6 @@ from tasks.merge.shuffle import (
 )
 from tasks.tables.parquet_tables import cut_tables
 
-COMPRESSION: Mapping[str, Any] = {"compression": "zstd", "compression_level": 1}
 FINDINGS = "findings.json"
 """In the folder of a metadata file's rows: the entries of blocklists that they match, and how many
 of those that pass a rule could not judge."""
@@ -73,9 +72,11 @@ OUTPUT = pa.schema(
         "also_in": pa.string(),
     }
 )
-REPEATED = ["source", "also_in"]
-"""Columns whose values repeat; for others a dictionary would only cost time."""
-
+WRITTEN: Mapping[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "use_dictionary": ["source", "also_in"],  # their values repeat; others' would only cost time
+}
 
 DEDUPED = ("histogram", "reasons", "survivors")
 """Statements on the table `deduped`; a histogram is made once, of what selection chooses from."""
@@ -433,9 +434,7 @@ def _write_range(connection: DuckDBPyConnection, plan: MergePlan, number: int) -
             if path in missing:
                 temporary = plan.temporary / f"{source}-{path.name}"
                 with replace_file(path, beside=temporary, sync=False) as beside:
-                    pq.write_table(
-                        table.combine_chunks(), beside, use_dictionary=REPEATED, **COMPRESSION
-                    )
+                    pq.write_table(table.combine_chunks(), beside, **WRITTEN)
 
 
 def _choose_rows(

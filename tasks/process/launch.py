@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -125,7 +125,9 @@ def start_command(launch: RankLaunch, program: Program, ranks: int) -> list[str]
         case "auto" | "torchrun":
             words = torchrun_command(program, launch, ranks)
             if launch.nodes > 1:
-                write_atomically(folder / "join.sh", join_script(words, program.over))
+                # The other machines' part of the ranks, until the stage is over.
+                joining = f"until {program.over}; do {shlex.join(words)}; sleep 5; done"
+                write_atomically(folder / "join.sh", f"#!/bin/sh\n{joining}\n")
             return words
         case "external":
             words = external_command(program, launch)
@@ -156,11 +158,6 @@ def torchrun_command(program: Program, launch: RankLaunch, ranks: int) -> list[s
         meeting = ["--rdzv-conf=store_type=file", f"--local-addr={LOOPBACK}"]
     run = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", *meeting]
     return [*run, f"--nnodes={launch.nodes}", f"--nproc-per-node={ranks}", "-m", *words]
-
-
-def join_script(words: Sequence[str], over: str) -> str:
-    """The script of the other machines: their part of the ranks, until the stage is over."""
-    return f"#!/bin/sh\nuntil {over}; do {shlex.join(words)}; sleep 5; done\n"
 
 
 def deepspeed_command(

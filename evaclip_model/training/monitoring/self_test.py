@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.layers import eager_attention
@@ -71,14 +72,12 @@ def _lamb_difference(config: TrainConfig, device: torch.device) -> float:
     values, gradients = (
         [torch.randn(shape, generator=draw).to(device) for shape in _SHAPES] for _ in range(2)
     )
-    flat_values, flat_gradients = (
-        torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in (values, gradients)
-    )
+    flat_values, flat_gradients = map(parameters_to_vector, (values, gradients))
     whole = [value.clone() for value in values]
     for tensor, gradient in zip(whole, gradients, strict=True):
         tensor.grad = gradient
     _make_lamb(whole, config).step()
-    flat_whole = torch.cat([tensor.reshape(-1) for tensor in whole])
+    flat_whole = parameters_to_vector(whole)
     size = -(-len(flat_values) // ranks)
     start, stop = rank * size, min((rank + 1) * size, len(flat_values))
     cut = _make_lamb(values, config)
