@@ -163,14 +163,13 @@ def _decode_by_pillow(data: bytes, max_pixels: int) -> DecodedImage:
         _require_plain_tiff(data)
     image: Image.Image = Image.open(_ClockedFile(data), formats=(file_format,))
     _require_pixels(*image.size, max_pixels)
+    orientation = 1  # of a TIFF, too: Pillow itself turns it while it loads it
     if file_format == "JPEG":
         require_decodable_jpeg(data, *image.size, max_pixels)
         orientation = read_jpeg_orientation(data)
-    else:
+    elif file_format != "TIFF":
         orientation = _orientation_in(image.info.get("exif", b"").removeprefix(_EXIF))
     image.load()
-    if file_format == "TIFF":
-        orientation = 1  # Pillow itself turns a TIFF while it loads it
     is_deep = file_format == "PNG" and data[24] == 16  # bits a channel
     return _turn_upright(_with_eight_bits(image, file_format), file_format, orientation, is_deep)
 
