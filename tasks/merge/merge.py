@@ -296,6 +296,10 @@ def _sum_totals(
                 f"source '{settings.name}': {selected} selected and {reasons.total()} dropped "
                 f"({dict(reasons)}) are not the {read} rows read"
             )
+        sidecars = []
+        for place, sidecar in plan.sidecars_of(number):
+            matched = rows_in(connection, find_tables(plan, f"joined/{place}/*/file=*"))
+            sidecars.append({"files": sidecar.config.files, "rows": rows, "matched": matched})
         sources.append(
             {
                 "name": settings.name,
@@ -307,16 +311,7 @@ def _sum_totals(
                 "also_in": overlaps[number],
                 "kept_unjudged": Counter[str](),
                 "unreadable_lines": [file.first_bad_line for file in files if file.bad_lines],
-                "sidecars": [
-                    {
-                        "files": sidecar.config.files,
-                        "rows": rows,
-                        "matched": rows_in(
-                            connection, find_tables(plan, f"joined/{place}/*/file=*")
-                        ),
-                    }
-                    for place, sidecar in plan.sidecars_of(number)
-                ],
+                "sidecars": sidecars,
             }
         )
     total: dict[str, Any] = {

@@ -307,10 +307,9 @@ def _copy_tables(
 
 def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, folder: Path) -> None:
     query, parameters = _partition_keys_query(connection, plan, part)
-    keys = [
+    part_keys = pa.concat_tables(
         read_keys(rows_folder(plan, file), file.source, file.number, part) for file in plan.files
-    ]
-    part_keys = pa.concat_tables(keys)
+    )
     part_keys = part_keys.append_column("alone", pa.array(is_alone(part_keys)))
     connection.register("part_keys", part_keys)
     execute_query(connection, load_statement("dedupe", keys=query), parameters)
@@ -460,9 +459,8 @@ def _choose_rows(
     connection.unregister("chosen")
     columns |= {name: made.column(name) for name in made.column_names}
     columns["source"] = pa.chunked_array([pa.repeat(sources[source], len(made))])
-    schema = (
-        OUTPUT.append(pa.field("image_hash", pa.string())) if plan.config.hash_column else OUTPUT
-    )
+    hashed = [("image_hash", pa.string())] if plan.config.hash_column else []
+    schema = pa.schema([*OUTPUT, *hashed])
     return pa.table({name: columns[name] for name in schema.names}).cast(schema)
 
 

@@ -106,11 +106,8 @@ def _list_jobs(downloaded: Path, out: Path) -> list[ShardJob]:
 
 def _refuse_changed(shards: Sequence[AdoptedShard]) -> None:
     found = sizes_and_marks([shard.location for shard in shards])
-    changed = [
-        shard.location
-        for shard, now in zip(shards, found, strict=True)
-        if now != (shard.size, shard.mark)
-    ]
+    pairs = zip(shards, found, strict=True)
+    changed = [shard.location for shard, now in pairs if now != (shard.size, shard.mark)]
     if changed:
         raise InputError(
             f"{len(changed):,} of {len(shards):,} adopted shards changed or are gone since they "
