@@ -94,8 +94,6 @@ def unjudged_expression(filters: FilterConfig) -> str:
 def rule_parameters(filters: FilterConfig) -> dict[str, Any]:
     """Values of the parameters that `RULES` name."""
     return {
-        **filters.model_dump(exclude={"blocklists", "languages", "unsafe_tags"}),
-        "languages": list(filters.languages),
-        "unsafe_tags": list(filters.unsafe_tags),
+        **filters.model_dump(mode="json", exclude={"blocklists"}),
         "known_tags": [*KNOWN_TAGS, *filters.unsafe_tags],
     }
