@@ -93,16 +93,14 @@ class TarReader:
             if at and len(near) - at - _BLOCK < size <= room:
                 near, around, at = self._read_from(offset), offset, 0
             start, stop = at + _BLOCK, at + _BLOCK + size
+            here = near[start:stop] if stop <= len(near) else None
             if kind in (b"x", b"L"):
                 if size > _LONGEST_NAME:
                     raise BrokenTar(f"the header at byte {offset} claims a name of {size} bytes")
-                body = (
-                    near[start:stop] if stop <= len(near) else _read_range(self._tar, content, size)
-                )
-                extended = _apply_extension(extended, kind, bytes(body))
+                body = _read_range(self._tar, content, size) if here is None else bytes(here)
+                extended = _apply_extension(extended, kind, body)
             else:
                 if kind in _REGULAR:
-                    here = near[start:stop] if stop <= len(near) else None
                     yield Member(extended.name or _parse_name(header), content, size, here)
                 elif kind == b"S":
                     raise BrokenTar(f"the member at byte {offset} is sparse: pack it without holes")
