@@ -7,10 +7,10 @@ Shapes: B batch, S tokens or keys, Q queries, H heads, D channels a head, W = H 
 tower.
 """
 
-import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
@@ -402,9 +402,7 @@ def run_block(mode: GradCheckpointing, block: Callable[..., Tensor], *inputs: An
         return block(*inputs)
     options: dict[str, Any] = {}
     if mode == "selective":
-        options["context_fn"] = functools.partial(
-            create_selective_checkpoint_contexts, _choose_policy
-        )
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _choose_policy)
     out: Tensor = checkpoint(block, *inputs, use_reentrant=False, **options)
     return out
 

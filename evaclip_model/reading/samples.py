@@ -275,9 +275,8 @@ def open_webdataset(manifest: Path | str, *, resampled: bool = False) -> Any:
     from webdataset.compat import FluidInterface
 
     folder = str(manifest).rpartition("/")[0]
-    shards = {
-        resolve_location(folder, shard.path): shard for shard in ShardManifest.read(manifest).shards
-    }
+    found = ShardManifest.read(manifest).shards
+    shards = {resolve_location(folder, shard.path): shard for shard in found}
     kind = webdataset.ResampledShards if resampled else webdataset.SimpleShardList
     pipeline = type("ShardPipeline", (webdataset.DataPipeline, FluidInterface), {})
     splits = () if resampled else (webdataset.split_by_node, webdataset.split_by_worker)
