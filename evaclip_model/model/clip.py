@@ -39,9 +39,8 @@ class EvaClip(nn.Module):
         """Build with torch's default values (`create_model` gives EVA-CLIP's initial values);
         raises as `layers.attention_kernel`."""
         super().__init__()
-        self.kernel = attention_kernel(
-            attention, (config.vision.head_width, config.text.width // config.text.heads)
-        )
+        widths = (config.vision.head_width, config.text.width // config.text.heads)
+        self.kernel = attention_kernel(attention, widths)
         self.config = config
         self._attention: AttentionChoice = attention
         self.visual = VisionTower(config.vision, config.embed_dim, self.kernel)

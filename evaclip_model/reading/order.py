@@ -71,9 +71,8 @@ class Mixture:
         self.sources = tuple(weights)
         self.global_batch = global_batch
         self.per_lane = global_batch // lanes
-        self._pattern: Ints = np.array(
-            [self.sources.index(name) for name in mixing_pattern(weights)], dtype=np.int64
-        )
+        pattern = list(map(self.sources.index, mixing_pattern(weights)))
+        self._pattern: Ints = np.array(pattern, dtype=np.int64)
 
     def draw_sources(self, step: int, lane: int) -> Ints:
         """Source number of each of the lane's samples in this step, [per_lane]."""
@@ -176,9 +175,8 @@ class SourceOrder:
     def shuffle_window(self, lane: int, epoch: int, window: int) -> Ints:
         """Order in which the window's samples are drawn."""
         left = self.lane_length(lane) - window * self._window
-        return _seed_generator(*self._key, 1, epoch, lane, window).permutation(
-            min(self._window, left)
-        )
+        draw = _seed_generator(*self._key, 1, epoch, lane, window)
+        return draw.permutation(min(self._window, left))
 
     def shards_from(self, lane: int, epoch: int, window: int, count: int) -> list[int]:
         """The next `count` shards that the lane reads, from the window's first on."""
@@ -211,10 +209,8 @@ class ResampledOrder(SourceOrder):
         return epoch, window + 1
 
     def list_pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
-        start = window * self._window
-        return self._lay_out_until(lane, start + self._window).list_pieces(
-            start, start + self._window
-        )
+        start, stop = window * self._window, (window + 1) * self._window
+        return self._lay_out_until(lane, stop).list_pieces(start, stop)
 
     def shuffle_window(self, lane: int, epoch: int, window: int) -> Ints:
         return _seed_generator(*self._key, 1, lane, window).permutation(self._window)

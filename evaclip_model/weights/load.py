@@ -243,9 +243,7 @@ def resize_text_positions(table: Tensor, length: int) -> Tensor:
     if length <= old:
         return table[:length]
     kept = min(_TRAINED_POSITIONS, old - 1)
-    rest = F.interpolate(
-        table[kept:].t()[None], size=length - kept, mode="linear", align_corners=True
-    )
+    rest = F.interpolate(table[kept:].t()[None], length - kept, mode="linear", align_corners=True)
     return torch.cat((table[:kept], rest[0].t()))
 
 

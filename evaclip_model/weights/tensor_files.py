@@ -261,9 +261,8 @@ def _iterate_slabs(path: Path, place: int, count: int, dtype: torch.dtype) -> It
 def _make_refusal(path: Path, error: Exception) -> InputError:
     forbidden = _FORBIDDEN.search(str(error))
     if forbidden is None:
-        return _unreadable_error(
-            path, str(error) if isinstance(error, OSError) else "no torch file"
-        )
+        said = str(error) if isinstance(error, OSError) else "no torch file"
+        return _unreadable_error(path, said)
     return InputError(
         f"{path} holds objects of {forbidden[1]} besides tensors, and opening them would run "
         "pickled code: where you trust it, open it with torch.load(..., weights_only=False) and "

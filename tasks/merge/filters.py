@@ -71,9 +71,8 @@ REASONS = (
 
 def reason_expression(filters: FilterConfig) -> str:
     """SQL that gives the first rule a row fails, NULL for a row that passes."""
-    cases = "\n      ".join(
-        f"WHEN {rule.fails} THEN '{rule.reason}'" for rule in RULES if rule.is_on(filters)
-    )
+    on = (rule for rule in RULES if rule.is_on(filters))
+    cases = "\n      ".join(f"WHEN {rule.fails} THEN '{rule.reason}'" for rule in on)
     return f"CASE {cases} END"
 
 

@@ -80,10 +80,7 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
                 "withdrawn: as a source it needs diff_against"
             )
         for file in looked_at:
-            is_alike = (
-                file.own.keys() == first.own.keys() if file.is_text else file.own == first.own
-            )
-            if not is_alike:
+            if file.own != first.own and not (file.is_text and file.own.keys() == first.own.keys()):
                 raise InputError(
                     f"{file.published_as} has other columns than {first.published_as}: inspect "
                     "them apart, and make each kind of file a source of its own"

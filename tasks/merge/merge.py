@@ -265,9 +265,8 @@ def _cut_source(
     steps = [*range(plan.rows_per_range, selected, plan.rows_per_range), selected]
     ends = [*([first] if first else []), *(first + step for step in steps)]
     buckets = [bisect_left(up_to, end) for end in ends]
-    places = [
-        end - (up_to[bucket] - histogram[bucket]) for end, bucket in zip(ends, buckets, strict=True)
-    ]
+    pairs = zip(ends, buckets, strict=True)
+    places = [end - (up_to[bucket] - histogram[bucket]) for end, bucket in pairs]
     parts = sorted({bucket * plan.partitions >> BUCKET_BITS for bucket in buckets})
     paths = [kept_in(plan, part) for part in parts]
     parameters = {"buckets": buckets, "places": places, "source": source, "paths": paths}

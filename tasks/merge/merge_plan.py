@@ -364,9 +364,8 @@ def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: Publishe
         return key_text(columns.id, published[columns.id]) if columns.id else "NULL"
     if "hash" in published:
         return key_text("hash", published["hash"])
-    text = " || ".join(
-        f"coalesce({quote_identifier(name)}, '')" for name in (columns.url, columns.caption)
-    )
+    names = map(quote_identifier, (columns.url, columns.caption))
+    text = " || ".join(f"coalesce({name}, '')" for name in names)
     return f"laion_hash({text})"
 
 

@@ -233,9 +233,8 @@ def _why_not_as_recorded(tar: Path, seen: _Seen) -> str | None:
         rows = pq.read_table(table, columns=["key", "status"]).to_pydict()
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
         return f"its table or statistics cannot be read ({error})"
-    successes = {
-        key for key, status in zip(rows["key"], rows["status"], strict=True) if status == "success"
-    }
+    pairs = zip(rows["key"], rows["status"], strict=True)
+    successes = {key for key, status in pairs if status == "success"}
     keys = {row["key"] for row in seen.rows}
     if not stated == len(successes) == seen.samples or keys != successes:
         return (

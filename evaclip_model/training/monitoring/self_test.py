@@ -51,9 +51,8 @@ def self_test(model: EvaClip, config: TrainConfig) -> SelfTest:
         _loss_difference(model, config, device),
         _attention_difference(model, device, dtype),
     )
-    lamb, loss, attention = (
-        max(found) for found in zip(*Peers.every_rank().gather_values(own), strict=True)
-    )
+    everybody = Peers.every_rank().gather_values(own)
+    lamb, loss, attention = map(max, zip(*everybody, strict=True))
     near = _TOLERANCES[dtype]
     for what, difference, limit in (
         ("LAMB over these ranks differs from LAMB on whole tensors", lamb, EXACT),
