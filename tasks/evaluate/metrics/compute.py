@@ -40,8 +40,7 @@ def compute_figures(scored: Scored) -> Figures:
 
 def chance_levels(evalset: EvalSet) -> dict[str, float]:
     """Share that random answers reach, by metric, for those with a known one."""
-    metrics = metrics_of(evalset)
-    return {one.name: one.chance(evalset) for one in metrics if one.chance is not None}
+    return {one.name: one.chance(evalset) for one in metrics_of(evalset) if one.chance is not None}
 
 
 def compare_models(a: Scored, b: Scored) -> dict[str, PairedDifference]:

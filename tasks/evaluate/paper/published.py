@@ -224,8 +224,7 @@ def average_sets(members: Sequence[str], values: Mapping[str, float]) -> Average
     missing = tuple(key for key in members if key not in values)
     mean = 100 * fmean(values[key] for key in sets) if sets else None
     reason = f"{len(missing)} of its {len(members)} sets not evaluated: {', '.join(missing)}"
-    whole = None if missing else mean
-    return Average(whole, sets, missing, reason if missing else "", mean, None)
+    return Average(None if missing else mean, sets, missing, reason if missing else "", mean, None)
 
 
 def values_of(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

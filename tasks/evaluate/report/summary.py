@@ -128,8 +128,7 @@ def _list_facts(found: Findings, figure: Figure) -> Iterator[tuple[str, str]]:
     if figure.paper:
         yield "published", f"{100 * figure.paper['published']:.1f} %"
     for other in found.others[:OTHERS_IN_TILES]:
-        theirs = found.set_results(figure.evalset, other).get(figure.metric)
-        if theirs is not None:
+        if (theirs := found.set_results(figure.evalset, other).get(figure.metric)) is not None:
             yield other, format_percent(theirs)
     if figure.chance is not None:
         yield "chance", format_percent(figure.chance)
