@@ -304,7 +304,7 @@ def test_week_3_bad_data_is_rejected_and_the_champion_stays(web: Web) -> None:
     web.publish("3", rows)
     trainings = len(web.made("train"))
     large = "global_batch=480", "warmup_steps=5", "checkpoint_every_steps=10"
-    with pytest.raises(InputError, match=r"global_batch = 480, but there are 287 samples"):
+    with pytest.raises(InputError, match=r"global_batch = 480, but there are \d+ samples"):
         retrain(recipe=web.recipe, overrides=[f"train.only.{one}" for one in large])
     assert len(web.made("train")) == trainings
     registered = retrain(recipe=web.recipe)
