@@ -60,6 +60,8 @@ class Published(Config):
 class RetrainConfig(Config):
     """The `[retrain]` table: how training goes on from the champion when there is new data."""
 
+    ADDED: ClassVar[tuple[str, ...]] = ("min_score", "keep_share")
+
     stages: tuple[str, ...] = ()
     """Names of the training stages that run, in the order of the recipe; empty: all."""
     samples_seen: int | None = Field(default=None, gt=0)
@@ -68,6 +70,16 @@ class RetrainConfig(Config):
     """Factor on their learning rates: the champion needs smaller steps than a beginning."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Optimizer steps of linear warm-up; none: as the stage says."""
+    min_score: float | None = Field(None, ge=-1, le=1)
+    """New samples whose image and caption the champion finds less alike are left out."""
+    keep_share: float | None = Field(None, gt=0, le=1)
+    """Of new data this share of each source is used, the best as the champion judges it. What a
+    champion has judged once is not judged again; the first data, before there is one, is not."""
+
+    @property
+    def asks_scores(self) -> bool:
+        """Return whether the champion scores new data."""
+        return self.min_score is not None or self.keep_share is not None
 
 
 class Recipe(Config):
@@ -155,6 +167,9 @@ class Recipe(Config):
             raise ValueError(
                 "dataset.min_score and dataset.keep_share judge by scores: add an [embed] table"
             )
+        if self.retrain.asks_scores and self.dataset.asks_scores:
+            both = "have a model judge all data, those of [retrain] the champion what is new"
+            raise ValueError(f"dataset.min_score and keep_share {both}: leave out one of the two")
         if self.register_table is not None and self.evaluate_table is None:
             raise ValueError("[register] needs [evaluate]: the gate judges by its figures")
         sets = [one.name for one in self.evaluate_table.sets] if self.evaluate_table else []

@@ -230,10 +230,17 @@ def model_steps(
     start: Step | Artifact,
     stages: Sequence[TrainConfig],
     beside: Beside,
+    judged: Sequence[Step | Artifact | None] | None = None,
 ) -> Graph:
-    """From data (a verification or a join) and a model to start from to a registered model."""
-    embed = embed_steps(site, recipe.embed, data) if recipe.embed else ()
-    dataset = dataset_step(site, recipe.dataset, data, embed, recipe.captions)
+    """From data (a verification or a join) and a model to start from to a registered model; where
+    champions have `judged` parts of the data, their features of each decide by the rule of
+    `[retrain]`."""
+    embed, rules = embed_steps(site, recipe.embed, data) if recipe.embed else (), recipe.dataset
+    if judged is not None:
+        rule = recipe.retrain.model_dump(include={"min_score", "keep_share"})
+        rules = rules.model_copy(update=rule)
+    scored = embed[: len(verifications_in(data))] if judged is None else judged
+    dataset = dataset_step(site, rules, data, scored, recipe.captions)
     train: list[Step] = []
     for stage in stages:
         train.append(train_step(site, stage, train[-1] if train else start, dataset))
@@ -411,10 +418,11 @@ def dataset_step(
     site: Site,
     config: DatasetConfig,
     data: Step | Artifact,
-    embed: Sequence[Step] = (),
+    embed: Sequence[Step | Artifact | None] = (),
     captions: Sequence[CaptionSource] = (),
 ) -> Step:
-    """A dataset version; of `embed` the first model's features decide, if a rule asks scores."""
+    """A dataset version; the features of each part of the data decide, if a rule asks scores. A
+    part without any is not judged."""
     marks = OutsideMarks(site.demo)
     inputs: dict[str, Input] = {Role.DATA: data}
     rules: dict[str, tuple[str, ...]] = {name: getattr(config, name) for name in RULES_IN_FILES}
@@ -427,8 +435,9 @@ def dataset_step(
             found += said if name == "captions" else ()
             inputs[name] = ABSENT if ABSENT in found else hash_marks(found)
     parts = verifications_in(data)
-    scored = embed[: len(parts)] if config.asks_scores else ()
-    inputs |= {f"{Role.SCORES}{number:04d}": one for number, one in enumerate(scored)}
+    scored = embed if config.asks_scores else ()
+    named = ((f"{Role.SCORES}{number:04d}", one) for number, one in enumerate(scored))
+    inputs |= {role: one for role, one in named if one is not None}
     plain = Step(site.root, DATASET, config, dict(inputs), work=_not_run)
     entries: tuple[str, ...] = ()
     try:
@@ -458,7 +467,8 @@ def dataset_step(
             asked = sort_takedowns(entries)
             before = plain.folder if plain.is_finished else None
             takedowns = Takedowns(entries, lambda index: find_asked(index, asked), before)
-        folders = [(one.folder, of.folder) for one, of in zip(scored, parts, strict=False)]
+        pairs = zip(scored, parts, strict=False)
+        folders = [(one.folder if one else None, of.folder) for one, of in pairs]
         scores = read_scores(folders) if folders else None
         return make_dataset(config, ancestors, outside, takedowns, out, report, scores)
 

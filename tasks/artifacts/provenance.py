@@ -3,6 +3,7 @@
 Not here: what was made of an artifact (flows/graph/ancestry.py), pictures (tasks/lineage).
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ class Node(Config):
 
     kind: str
     name: str = ""
-    """Of the stage, where a recipe has several of its kind."""
+    """Of the stage, where a recipe has several of its kind; of features their model."""
     digest: str
     created: str
     parents: dict[str, str]
@@ -41,6 +42,8 @@ class Node(Config):
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> Self:
         name = artifact.config.get("name")
+        if artifact.kind == "embed":  # its address knows the model's weights alone
+            name = json.loads((artifact.folder / "report.json").read_text())["model"]
         fields = artifact.model_dump(include=cls.model_fields.keys() - {"name"})
         return cls(name=name if isinstance(name, str) else "", **fields)
 

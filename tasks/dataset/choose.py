@@ -141,7 +141,7 @@ def choose_samples(
     verdicts: Sequence[ShardVerdict],
     config: DatasetConfig,
     outside: OutsideFiles,
-    scores: Scores | None,
+    scores: Sequence[Scores] | None,
 ) -> Choice:
     """Apply every rule but takedowns; InputError: a list or evaluation set cannot be read."""
     choice = Choice(index.rows)
@@ -168,9 +168,12 @@ def choose_samples(
         choice.leave_out(alike, LeftOutReason.NEAR_DUPLICATE)
     if scores is not None:
         names = [verdict.shard.source if verdict.shard else "" for verdict in verdicts]
-        numbers = np.unique(names, return_inverse=True)[1]
+        stored = [verdict.stored for verdict in verdicts]
+        groups = np.repeat(np.unique(names, return_inverse=True)[1], stored)
+        # A share is of what came at once: what is chosen of it stays when more comes.
+        groups += len(names) * np.repeat(range(len(scores)), list(map(len, scores)))
         low = find_low_scores(
-            *(scores, ~choice.left_out, np.repeat(numbers, [v.stored for v in verdicts])),
+            *(np.concatenate(scores), ~choice.left_out, groups),
             min_score=config.min_score,
             keep_share=config.keep_share,
             uids_of=partial(uids_of_rows, index),

@@ -98,8 +98,8 @@ class DatasetConfig(Config):
     """Samples whose image and caption are less alike, by the first model of `[embed]`, are left
     out."""
     keep_share: float | None = Field(None, gt=0, le=1)
-    """Of each source this share of what all other rules leave is used: the best scores and, among
-    equal ones, the first uids."""
+    """Of each source in each verification this share of what all other rules leave is used: the
+    best scores and, among equal ones, the first uids."""
     takedowns: tuple[str, ...] = ()
     """Text files with one URL, uid or SHA-256 a line: samples that may be used no longer, and
     all samples with the same image."""

@@ -74,13 +74,13 @@ def make_dataset(
     takedowns: Takedowns,
     out: Path,
     report: Report,
-    scores: Scores | None = None,
+    scores: Sequence[Scores] | None = None,
 ) -> Made:
     """Write the version into `out`; nothing of the shards is read again or rewritten.
 
     What is chosen from is the last of `ancestors`, which are in the order of work, that has an
-    index; `scores` are of all its rows, where a rule asks for them. InputError: a list or an
-    evaluation set cannot be read, or nothing is left."""
+    index; `scores` are of all its rows, by what was verified at once, where a rule asks for them.
+    InputError: a list or an evaluation set cannot be read, or nothing is left."""
     verified = next(one.folder for one in reversed(ancestors) if (one.folder / INDEX).is_dir())
     index = SampleIndex(verified, config.memory_limit)
     verdicts = read_verdicts(verified)

@@ -45,7 +45,7 @@ def find_low_scores(
     if keep_share is None:
         return low
     for source in np.unique(sources):
-        rows = np.flatnonzero(stays & ~low & (sources == source))
+        rows = np.flatnonzero(stays & ~low & (sources == source) & ~np.isnan(scores))
         keep = math.floor(keep_share * len(rows) + 0.5)
         if keep == len(rows):
             continue

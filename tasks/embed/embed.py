@@ -97,19 +97,20 @@ def _list_finished(folder: Path) -> set[int]:
     return {int(number) for number, _, end in names if end == "parquet" and number}
 
 
-def read_scores(parts: Sequence[tuple[Path, Path]]) -> npt.NDArray[np.float32]:
-    """Similarity of image and caption of every row of an index, NaN where a sample is flawed;
-    `parts` are folders of features and of their verification, in the index's order."""
+def read_scores(parts: Sequence[tuple[Path | None, Path]]) -> list[npt.NDArray[np.float32]]:
+    """Similarity of image and caption of every row of an index, part by part, NaN where a sample is
+    flawed or its part has no features; `parts` are folders of features and of their verification,
+    in the index's order."""
     found = []
     for folder, verified in parts:
         starts = np.cumsum([0, *(verdict.stored for verdict in read_verdicts(verified))])
         scores = np.full(starts[-1], np.nan, dtype=np.float32)
-        for file in sorted((folder / FEATURES).glob("*.parquet")):
+        for file in sorted((folder / FEATURES).glob("*.parquet")) if folder else ():
             table = pq.read_table(file, columns=["place", "similarity"])
             places = starts[int(file.stem)] + table["place"].to_numpy()
             scores[places] = table["similarity"].to_numpy()
         found.append(scores)
-    return np.concatenate(found)
+    return found
 
 
 @dataclass

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from evaclip_model.errors import InputError
 from tasks.dataset.scores import find_low_scores, read_uids
 
-ROW = st.tuples(st.sampled_from([0.1, 0.2, 0.3, 0.4]), st.booleans(), st.integers(0, 2))
+ROW = st.tuples(st.sampled_from([0.1, 0.2, 0.3, 0.4, np.nan]), st.booleans(), st.integers(0, 2))
+"""Score (none: nobody has judged it), whether it stays so far, source."""
 
 
 @given(st.lists(ROW, min_size=1, max_size=40), st.sampled_from([None, 0.15, 0.3]), st.data())
@@ -26,6 +27,7 @@ def test_a_share_keeps_the_best_of_each_source_and_among_equals_the_first_uids(r
     expected = set()
     for source in range(3):
         mine = [n for n in range(len(rows)) if stays[n] and sources[n] == source]
+        mine = [n for n in mine if not np.isnan(scores[n])]
         good = [n for n in mine if least is None or scores[n] >= np.float32(least)]
         order = sorted(good, key=lambda n: (-scores[n], uids[n]))
         keep = len(good) if share is None else int(share * len(good) + 0.5)
