@@ -128,6 +128,9 @@ bench-loader: $(VENV)/.dev ## images read, decoded and cropped a second and core
 bench-train: $(VENV)/.dev ## whole training steps beside open_clip's trainer, memory of the loss, cost of saving (30 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_train.py
 
+bench-loss: $(VENV)/.dev ## memory of the losses beside open_clip's sigmoid loss, traced at batches no machine here holds (1 min)
+	@PYTHONPATH=. $(PY) tests/benchmarks/bench_loss.py
+
 bench-tuning: $(VENV)/.dev ## a training step whole, with frozen blocks, with low-rank updates: time, memory, checkpoint (3 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m tests.benchmarks.bench_tuning
 

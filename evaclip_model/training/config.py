@@ -14,6 +14,7 @@ from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import LOGIT_BIAS, ModelConfig
 from evaclip_model.reading.config import SamplingConfig
+from evaclip_model.reading.samples import ShardManifest
 
 JOB_FILE = "train.json"
 METRICS_FILE = "metrics.jsonl"
@@ -128,6 +129,21 @@ class LoraConfig(Config):
                 )
 
 
+class TeacherConfig(Config):
+    """The `[train.teacher]` table: models whose similarities are learnt too, from features of the
+    very crops and captions that the stage shows, made before it."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    """What opens them, as `score` takes it; of several the mean divergence counts."""
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Share of the loss that is KL(teacher || student), in nats, of the softmax over the global
+    batch, of rows and columns; the rest is the objective's."""
+    logit_scale: float = Field(default=100.0, gt=0)
+    """Inverse temperature of the teachers' similarities."""
+    precision: Precision = "fp32"
+    """Type of the teachers' weights and activations."""
+
+
 class ValidationConfig(Config):
     """The `[train.validation]` table: loss and retrieval on pairs that the dataset holds out
     (`dataset.validation_share`), while training goes on."""
@@ -161,6 +177,9 @@ class TrainConfig(SamplingConfig):
         "validation",
         "epochs",
         "caption_weights",
+        "teacher",
+        "text_tokens",
+        "text_tokens_kept",
     )
 
     REMOVED: ClassVar[Mapping[str, str]] = {
@@ -215,6 +234,8 @@ class TrainConfig(SamplingConfig):
     same_caption: SameCaption = "negative"
     """What other samples of the global batch with the caption of this one are to it, templates
     aside: wrong answers, as CLIP has it; right ones too; or neither."""
+    teacher: TeacherConfig | None = None
+    """Models to learn from besides the captions; none: from captions alone."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of softmax's target that is spread evenly over the whole global batch."""
     freeze: tuple[str, ...] = ()
@@ -241,6 +262,11 @@ class TrainConfig(SamplingConfig):
     caption_separator: str | None = Field(default=None, min_length=1)
     """Where a caption may be cut: a random number of its parts, from the first on, is kept, so that
     a title is learnt with and without the tags behind it. None keeps captions whole."""
+    text_tokens: int | None = Field(default=None, gt=2)
+    """Tokens of a caption that are shown at most, start and end among them (CLIPA); none: what the
+    model has room for."""
+    text_tokens_kept: Literal["first", "random"] = "first"
+    """Those kept of a longer caption: its first ones, or random ones in their order."""
     checkpoint_every_steps: int = Field(default=500, gt=0)
     """Optimizer steps between checkpoints."""
     checkpoints: RetentionConfig = RetentionConfig()
@@ -272,6 +298,13 @@ class TrainConfig(SamplingConfig):
             "checkpoint_every_steps": min(self.checkpoint_every_steps, max(1, steps)),
         }
         return self.model_copy(update=scaled)
+
+    def fit_to_shards(self, manifest: Path) -> Self:
+        """`fit_to_data` for the shards of a manifest."""
+        if self.epochs is None:
+            return self
+        held = ShardManifest.read(manifest).by_source().items()
+        return self.fit_to_data({name: sum(one.samples for one in of) for name, of in held})
 
     @property
     def deciding(self) -> dict[str, Any]:
@@ -309,6 +342,10 @@ class TrainConfig(SamplingConfig):
             raise ValueError(f"objective '{self.objective}' is unknown: choose one of {known}")
         if self.objective == "sigmoid" and self.label_smoothing:
             raise ValueError("label_smoothing is of objective 'softmax': set it to 0 for 'sigmoid'")
+        if self.text_tokens is None and self.text_tokens_kept != "first":
+            raise ValueError("text_tokens_kept = 'random' needs text_tokens: say how many are kept")
+        if self.teacher is not None and self.guards.spike_action == "rollback":
+            raise ValueError("teacher excludes guards.spike_action = 'rollback', which runs ahead")
         if {"vision", "text", "logit_scale"} == set(self.freeze):
             raise ValueError("freeze leaves nothing to train: take a part out of it")
         if self.lora is not None and self.optimizer == "lamb":
@@ -350,6 +387,8 @@ class TrainJob(Config):
     shards: Path | str
     """Manifest of the training shards, `shards.json`: a path, or a URL that fsspec knows. The
     shards lie where it lies."""
+    teachers: tuple[Path, ...] = ()
+    """Folder of the features by each of the stage's teachers (reading/teacher_features.py)."""
     run_dir: Path
     """Where metrics, checkpoints and the finished model go."""
     checkpoints: str | None = None
@@ -386,3 +425,9 @@ class TrainJob(Config):
     """Folder for shards that are fetched from a URL; none: in the run's folder."""
     shard_cache_bytes: int = Field(default=32 * 2**30, ge=0)
     """Room for fetched shards, of each rank."""
+
+    @model_validator(mode="after")
+    def _has_all_teachers(self) -> Self:
+        if len(self.teachers) != len(self.train.teacher.models if self.train.teacher else ()):
+            raise ValueError("teachers must name a folder of features for each of train.teacher")
+        return self

@@ -6,8 +6,11 @@ A FLOP is half a multiply-add of a matrix product; norms, activations and the lo
 
 import json
 import re
+from contextlib import suppress
 from importlib import resources
+from pathlib import Path
 
+from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import ModelConfig, VisionConfig
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.deepspeed_config import LARGEST_BUCKET
@@ -127,6 +130,20 @@ def _vision_parts(vision: VisionConfig, embed_dim: int) -> dict[str, int]:
         "norm" if vision.pooling == "class_token" else "fc_norm": norm,
         "head": (width + 1) * embed_dim,
     }
+
+
+def shown_tokens(train: TrainConfig) -> float:
+    """Tokens of a web caption that a stage shows, on average, at most."""
+    return min(PACKED_TEXT_TOKENS, train.text_tokens or PACKED_TEXT_TOKENS)
+
+
+def encode_flops(spec: str) -> float | None:
+    """FLOPs of an image and a web caption by what opens as `spec`, a saved model's folder or
+    FILE:ARCHITECTURE; none where only opening it would tell."""
+    with suppress(InputError):
+        model = ModelConfig.load(spec if Path(spec).is_dir() else spec.rpartition(":")[2])
+        return image_flops(model) + text_flops(model, PACKED_TEXT_TOKENS)
+    return None
 
 
 def stage_flops_per_sample(config: ModelConfig, train: TrainConfig, *, text_tokens: float) -> float:

@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ KEPT_CAPTIONS = 100_000
 """Tokenised captions kept in memory."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BRANCHES = np.uint64(0x6272616E63686573)
-"""Sets the draws of branches apart from those of patches."""
+_WORDS = np.uint64(0x776F726473)
+"""Set the draws of branches and of words apart from those of patches."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,15 @@ def step_inputs(
 def tokenize_captions(
     captions: Sequence[str], positions: Sequence[int], config: TrainConfig, length: int
 ) -> Tensor:
-    """[b, `length`] ids of captions in their templates, on the CPU, where the text tower plans."""
+    """[b, L] ids of captions in their templates, on the CPU, where the text tower plans; L is
+    `length`, or the stage's `text_tokens`."""
     shown = zip(captions, positions, strict=True)
-    return torch.stack(
-        [_tokenize_text(vary_caption(text, config, place), length) for text, place in shown]
+    count = min(length, config.text_tokens or length)
+    room = length if config.text_tokens_kept == "random" else count
+    tokens = torch.stack(
+        [_tokenize_text(vary_caption(text, config, place), room) for text, place in shown]
     )
+    return tokens if room == count else kept_tokens(tokens, config.seed, positions, count)
 
 
 @lru_cache(KEPT_CAPTIONS)
@@ -123,19 +128,21 @@ def forward_backward(
     parts: Sequence[ModelInputs],
     objective: Objective,
     captions: Tensor | None = None,
+    teachers: Sequence[Tensor] = (),
 ) -> StepTerms:
     """Compute the loss of the global batch, and leave its gradient with the engine. Every rank
-    calls it, with as many samples and parts as the others; `captions` [b] as an `Objective` takes
-    them.
+    calls it, with as many samples and parts as the others; `captions` [b] and `teachers` as an
+    `Objective` takes them.
 
     One part is one forward and one backward pass. Of several all but the last pass forward twice;
     at any time the activations of one part are in memory, beside the features of all.
     """
     module = engine.module
+    given: dict[str, Any] = {"teachers": teachers} if teachers else {}
     if len(parts) == 1:
         image, text = _encode_part(module, parts[0])
         scalars = objective.read_scalars(module)
-        terms = objective.compute_terms(image, text, scalars, captions=captions)
+        terms = objective.compute_terms(image, text, scalars, captions=captions, **given)
         engine.backward(terms.loss, last=True)
         return _without_gradient(terms, image, text, scalars)
     *earlier, final = parts
@@ -151,7 +158,7 @@ def forward_backward(
     leaves = [images, texts, *scalars.values()]
     for leaf in leaves:
         leaf.requires_grad_()
-    terms = objective.compute_terms(images, texts, scalars, captions=captions)
+    terms = objective.compute_terms(images, texts, scalars, captions=captions, **given)
     d_images, d_texts, *d_scalars = torch.autograd.grad(terms.loss, leaves)
     sizes = [len(part) for part in parts]
     by_part = list(zip(torch.split(d_images, sizes), torch.split(d_texts, sizes), strict=True))
@@ -282,6 +289,21 @@ def kept_patches(seed: int, positions: Tensor, num_patches: int, keep_ratio: flo
     rank = _draw_bits(_mix_positions(seed, positions), num_patches)
     kept = np.argsort(rank, axis=1, kind="stable")[:, :count]
     return torch.from_numpy(np.sort(kept, axis=1))
+
+
+def kept_tokens(tokens: Tensor, seed: int, positions: Sequence[int], count: int) -> Tensor:
+    """[B, `count`] ids of tokens [B, L]: of a longer caption start, end and random ones between
+    them, in their order, drawn from nothing but the arguments (`positions` as in `kept_patches`).
+    """
+    ids, places = tokens.numpy(), np.arange(tokens.shape[1])
+    rank = _draw_bits(
+        _mix_bits(_mix_positions(seed, torch.tensor(positions)) + _WORDS), len(places)
+    )
+    ends = ids.argmax(1)[:, None]
+    rank[(places == 0) | (places == ends)] = 0
+    rank[places > ends] = np.iinfo(np.uint64).max
+    kept = np.sort(np.argsort(rank, axis=1, kind="stable")[:, :count], axis=1)
+    return torch.from_numpy(np.take_along_axis(ids, kept, axis=1))
 
 
 def kept_branches(seed: int, positions: Tensor, rates: Sequence[float]) -> Tensor:

@@ -27,6 +27,7 @@ from tasks.artifacts.provenance import walk_up
 from tasks.dataset.config import STAGE as DATASET
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.embed.config import STAGE as EMBED
+from tasks.embed.config import TEACH
 from tasks.evaluate.config import STAGE as EVALUATE
 from tasks.initialise.config import STAGE as INITIALISE
 from tasks.interpolate.config import STAGE as INTERPOLATE
@@ -44,7 +45,7 @@ REMOVED = ".removed"
 """Folder under the root for what is being removed: whole in its place until it is gone from it."""
 MADE_AGAIN = ("cache/evaluate/*", "cache/models/*", "pulled/*", ".dry-run-*", ".doctor-*")
 DATA = (DOWNLOAD.name, ADOPT.name, VERIFY.name, JOIN.name, EMBED.name)
-MODELS = (TRAIN.name, INTERPOLATE.name)
+MODELS = (TRAIN.name, INTERPOLATE.name, TEACH.name)
 STAGES = (*DATA, MERGE.name, DATASET.name, INITIALISE.name, *MODELS, EVALUATE.name)
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 

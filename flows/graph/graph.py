@@ -20,6 +20,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SHARDS
 from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER, RESULT_FILE, TrainConfig
 from evaclip_model.training.cost import parameter_counts
+from evaclip_model.training.loss.objective import TEACHER_BYTES
 from flows.config.profile import Profile, load_profile
 from flows.config.recipe import Recipe, expected_samples, load_recipe, require_samples
 from flows.graph.outside_data import (
@@ -64,8 +65,8 @@ from tasks.download.config import STAGE as DOWNLOAD
 from tasks.download.config import Crew
 from tasks.download.download import PROGRESS, download_images
 from tasks.download.url_tables import expected_bytes
+from tasks.embed.config import FEATURES, TEACH, EmbedConfig
 from tasks.embed.config import STAGE as EMBED
-from tasks.embed.config import EmbedConfig
 from tasks.evaluate.config import ATTACHED, RESULTS, EvaluateConfig
 from tasks.evaluate.config import STAGE as EVALUATE
 from tasks.initialise.config import REGISTRY, InitialiseConfig
@@ -379,9 +380,11 @@ def verifications_in(data: Step | Artifact) -> list[Step | Artifact]:
     return [data]
 
 
-def embed_step(site: Site, config: EmbedConfig, spec: str, verified: Step | Artifact) -> Step:
-    """The features of one verification's samples by one model; those of the verifications that a
-    retraining joins are there already."""
+def embed_step(
+    site: Site, config: EmbedConfig | TrainConfig, spec: str, data: Step | Artifact
+) -> Step:
+    """The features by one model of a verification's samples (those of the verifications that a
+    retraining joins are there already), or of what a training stage shows of a dataset version."""
     marks = OutsideMarks(site.demo)
     if spec.startswith(REGISTRY):  # an alias may move: what is kept of the model is its version
         version, mark = marks.find_version(site.tracking_uri, spec)
@@ -390,19 +393,29 @@ def embed_step(site: Site, config: EmbedConfig, spec: str, verified: Step | Arti
         model, mark = spec, marks.mark_found(partial(fingerprint_model, spec))
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
-        from tasks.embed.embed import embed_samples
+        from tasks.embed.embed import embed_samples, embed_stream
 
-        machine = profile.machine
-        return embed_samples(
-            *(config, model, fetch_models({model: model}, profile)[model]),
-            *(verified.folder, out, report),
-            ranks=machine.rank_count,
-            device=machine.device,
-        )
+        opened, machine = fetch_models({model: model}, profile)[model], profile.machine
+        ranks, device = machine.rank_count, machine.device
+        if isinstance(config, EmbedConfig):
+            place = data.folder, out, report
+            return embed_samples(config, model, opened, *place, ranks=ranks, device=device)
+        return embed_stream(config, opened, data.folder, out, report, ranks, device)
 
-    inputs: dict[str, Input] = {Role.DATA: verified, Role.SUBJECT: mark}
-    what, title = f"features of every sample by {spec}", f"{EMBED.name} {spec}"
-    return Step(site.root, EMBED, config, inputs, make, what, marks.absent, title=title)
+    if isinstance(config, EmbedConfig):
+        inputs: dict[str, Input] = {Role.DATA: data, Role.SUBJECT: mark}
+        what, title = f"features of every sample by {spec}", f"{EMBED.name} {spec}"
+        return Step(site.root, EMBED, config, inputs, make, what, marks.absent, title=title)
+    assert config.teacher is not None
+    subject = mark if mark == ABSENT else hash_marks([mark, config.teacher.precision])
+    size = config.steps * config.global_batch * TEACHER_BYTES
+    what = f"features of all crops and captions shown, at most {format_bytes(size)}"
+    return Step(
+        *(site.root, TEACH, config, {Role.DATASET: data, Role.SUBJECT: subject}, make, what),
+        absent=marks.absent,
+        title=f"{TEACH.name} {config.name} {spec}",
+        expected_bytes=size,
+    )
 
 
 def dataset_step(
@@ -498,13 +511,18 @@ def initialise_step(site: Site, config: InitialiseConfig) -> Step:
 
 def train_step(site: Site, config: TrainConfig, start: Step | Artifact, dataset: Step) -> Step:
 
+    models = config.teacher.models if config.teacher else ()
+    teach = [embed_step(site, config, spec, dataset) for spec in models]
+
     def make(profile: Profile, out: Path, report: Report) -> Made:
         from tasks.train.train import Inputs, train_model
 
-        inputs = Inputs(start.folder / MODEL_FOLDER, dataset.folder / SHARDS)
+        teachers = tuple(one.folder / FEATURES for one in teach)
+        inputs = Inputs(start.folder / MODEL_FOLDER, dataset.folder / SHARDS, teachers)
         return train_model(config, inputs, out, profile.launch, report)
 
     inputs: dict[str, Input] = {Role.START: start, Role.DATASET: dataset}
+    inputs |= {f"{Role.TEACHER}{number:04d}": one for number, one in enumerate(teach)}
     what = f"{config.steps:,} steps of {config.global_batch:,} = {config.samples_seen:,} samples"
     if config.epochs is not None:
         what = f"{config.epochs:g} epochs of the dataset's samples, {config.global_batch:,} a step"

@@ -13,10 +13,11 @@ from rich.table import Table
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import (
-    PACKED_TEXT_TOKENS,
+    encode_flops,
     gpu_memory,
     parameter_counts,
     peak_flops,
+    shown_tokens,
     stage_flops_per_sample,
 )
 from evaclip_model.training.engine.deepspeed_config import deepspeed_config
@@ -128,7 +129,10 @@ def cut_share(model: ModelConfig, train: TrainConfig, machines: Machines) -> Cut
     limit = machines.memory_gb * GIB * USABLE_SHARE
     for parts in (number for number in range(1, share + 1) if share % number == 0):
         micro_batch = share // parts
-        memory = gpu_memory(model, train, ranks=machines.count, micro_batch=micro_batch)
+        tokens = shown_tokens(train)
+        memory = gpu_memory(
+            model, train, ranks=machines.count, micro_batch=micro_batch, text_tokens=tokens
+        )
         cut = Cut(share, micro_batch, memory, limit)
         if cut.fits:
             break
@@ -163,6 +167,23 @@ def estimate_stage(
     )
     if cut.fits:
         yield from _time_lines(recipe, model, train, machines, cut, utilisation)
+    samples, every = train.samples_seen, "all that the stage shows, once"
+    for spec in train.teacher.models if train.teacher else ():
+        yield _encode_line(f"teacher {spec}", spec, samples, every, machines, utilisation)
+
+
+def _encode_line(
+    what: str, spec: str, samples: int, which: str, machines: Machines, utilisation: float | None
+) -> Line:
+    """The time in which a model makes features, a forward pass each, at the rate of training."""
+    flops, peak = encode_flops(spec), peak_flops(machines.gpu)
+    if flops is None or peak is None:
+        return Line(what, "time not estimated", "its architecture or the GPU's rate is not known")
+    share = utilisation or TABLE_6_SHARE["whole images"]
+    hours = samples * flops / (peak * share) / 3600
+    price = f", price {hours * machines.price:,.0f}" if machines.price is not None else ""
+    origin = f"{samples:,} samples ({which}), {flops / 1e9:,.0f} GFLOP each"
+    return Line(what, f"{hours:,.0f} GPU-hours{price}", f"{origin}, {share:.0%} of the peak")
 
 
 def _cannot_share(train: TrainConfig, ranks: int) -> str | None:
@@ -238,13 +259,13 @@ def _time_lines(
     cut: Cut,
     utilisation: float | None,
 ) -> Iterator[Line]:
-    flops = stage_flops_per_sample(model, train, text_tokens=PACKED_TEXT_TOKENS)
+    flops = stage_flops_per_sample(model, train, text_tokens=shown_tokens(train))
     again = RECOMPUTED[train.grad_checkpointing] + (cut.parts - 1) / cut.parts
     spent = flops * (1 + again / 3)
     yield Line(
         "FLOPs of a sample",
         f"{flops / 1e9:,.0f} G, {spent / 1e9:,.0f} G with what is computed again",
-        f"matrix products, {PACKED_TEXT_TOKENS:.0f} tokens a caption, "
+        f"matrix products, {shown_tokens(train):.0f} tokens a caption, "
         f"{again:.2f} forward passes again for checkpointing and parts",
     )
     peak = peak_flops(machines.gpu)
@@ -291,9 +312,13 @@ def engine_settings(recipe: Recipe, train: TrainConfig, machines: Machines) -> s
 
 def training_table(recipe: Recipe, machines: Machines, utilisation: float | None) -> Table:
     lines: list[Line] = []
+    for spec in recipe.embed.models if recipe.embed else ():
+        given = expected_samples(recipe), "all that is downloaded", machines, utilisation
+        lines.append(_encode_line(f"embed {spec}", spec, *given))
     for train in planned_stages(recipe):
         lines.append(Line(train.name, "", ""))
         lines += estimate_stage(recipe, train, machines, utilisation)
+    lines += [Line(*one, "published, not run here") for one in recipe.published.others.items()]
     return estimate_table(f"training on {machines}", lines)
 
 

@@ -17,7 +17,7 @@ import psutil
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SHARDS
 from evaclip_model.training.config import MODEL_FOLDER
-from evaclip_model.training.cost import PACKED_TEXT_TOKENS, stage_flops_per_sample
+from evaclip_model.training.cost import shown_tokens, stage_flops_per_sample
 from flows.config.gpu_spec import Machines
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe, planned_stages
@@ -26,6 +26,7 @@ from flows.graph.step import Step, finished_artifact
 from flows.planning.recipe_cost import GIB, cut_share, reader_bytes
 from flows.reporting.terminal import summarise_counts
 from tasks.artifacts.artifact import Role
+from tasks.embed.config import FEATURES, TEACH
 from tasks.progress import format_bytes, report_nothing
 from tasks.train.launch import count_gpus, default_ranks
 
@@ -206,7 +207,7 @@ def _check_training(
         model = recipe.initialise.load_architecture().at_image_px(train.image_px)
         what = f"GPUs for {train.name}"
         if machines is None:
-            each = stage_flops_per_sample(model, train, text_tokens=PACKED_TEXT_TOKENS)
+            each = stage_flops_per_sample(model, train, text_tokens=shown_tokens(train))
             days = each * train.samples_seen / machine.cores / CPU_FLOPS_PER_CORE / 86_400
             time = f"{days:,.1f} days" if days >= 1 else f"{days * 24 * 60:,.0f} minutes"
             time = f"{days / 365:,.0f} years" if days >= 365 else time
@@ -229,11 +230,13 @@ def rehearse_training(recipe: Recipe, profile: Profile, graph: Graph) -> Iterato
     for config, step in zip(recipe.train, graph.train, strict=True):
         start = step.inputs[Role.START]
         assert isinstance(start, Step), "a recipe starts from weights that it makes"
-        missing = [one.stage.name for one in (graph.dataset, start) if not one.is_finished]
+        given = [one for one in step.inputs.values() if isinstance(one, Step)]
+        missing = [one.stage.name for one in given if not one.is_finished]
         if missing:
             yield f"{config.name}: not tried, {missing[0]} has not run yet"
             continue
-        inputs = Inputs(start.folder / MODEL_FOLDER, graph.dataset.folder / SHARDS)
+        teachers = tuple(one.folder / FEATURES for one in given if one.stage.name == TEACH.name)
+        inputs = Inputs(start.folder / MODEL_FOLDER, graph.dataset.folder / SHARDS, teachers)
         # Under the root, which all machines of a launch see.
         with TemporaryDirectory(dir=profile.root.resolve(), prefix=".dry-run-") as folder:
             found = try_out(config, inputs, Path(folder), profile.launch, report_nothing)

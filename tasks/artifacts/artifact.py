@@ -50,6 +50,8 @@ class Role:
     SCORES = "scores"
     """Features whose scores decide, with four digits behind."""
     DATASET = "dataset"
+    TEACHER = "teacher"
+    """Features that a training stage learns from, with four digits behind."""
     START = "start_from"
     END = "end"
     TRAINED = "train"

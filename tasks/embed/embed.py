@@ -1,13 +1,13 @@
-"""Features of every usable sample of a verification by one model, a parquet file a shard: what is
-missing, running the ranks, the report.
+"""Features by one model, of every usable sample of a verification or of all that a training stage
+shows: what is missing, running the ranks, the report.
 
-Not here: encoding a shard (embed_shard.py); what scores decide (tasks/dataset).
+Not here: encoding (embed_shard.py); what scores decide (tasks/dataset).
 """
 
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,9 @@ import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
+from evaclip_model.reading.samples import SHARDS
+from evaclip_model.reading.teacher_features import steps_in_file, stream_file
+from evaclip_model.training.config import TrainConfig
 from tasks.artifacts.artifact import Made
 from tasks.embed.config import FEATURES, EmbedConfig
 from tasks.embed.embed_shard import EmbedJob
@@ -48,28 +51,48 @@ def embed_samples(
     features are not finite, a shard changed, or the ranks die again and again."""
     verdicts = read_verdicts(verified)
     used = [number for number, verdict in enumerate(verdicts) if verdict.shard is not None]
-    folder = out / FEATURES
-    folder.mkdir(parents=True, exist_ok=True)
-    total = sum(verdicts[number].stored for number in used)
-    idle, before = 0, -1
-    while missing := [number for number in used if not shard_file(folder, number).exists()]:
-        idle = idle + 1 if len(missing) == before else 0
-        if idle > MAX_IDLE_STARTS:
-            raise InputError(f"the ranks ended {idle} times without another shard; see {out}/*.log")
-        before = len(missing)
-        job = EmbedJob(
-            model=model,
-            precision=config.precision,
-            device=device,
-            verified=verified.resolve(),
-            folder=folder.resolve(),
-            shards=tuple(missing),
-            ranks=min(ranks, len(missing)),
-        )
-        _run_ranks(job, out, verdicts, total, report)
-    files = [shard_file(folder, number) for number in used]
+    job = EmbedJob(
+        model=model,
+        precision=config.precision,
+        device=device,
+        data=verified.resolve(),
+        folder=(out / FEATURES).resolve(),
+    )
+    files = [shard_file(out / FEATURES, number) for number in used]
+    sizes = [verdicts[number].stored for number in used]
+    _make_files(job, dict(zip(files, sizes, strict=True)), ranks, report)
     counts = _write_report(name, files, [verdicts[number] for number in used], out / REPORT)
     return Made(counts, (out / REPORT, *files))
+
+
+def embed_stream(
+    train: TrainConfig,
+    model: str,
+    dataset: Path,
+    out: Path,
+    report: Report,
+    ranks: int,
+    device: str,
+) -> Made:
+    """Encode every crop and caption that a training stage will show of a dataset version, for one
+    of its teachers. InputError as `embed_samples`."""
+    train = train.fit_to_shards(dataset / SHARDS)
+    assert train.teacher is not None
+    job = EmbedJob(
+        model=model,
+        precision=train.teacher.precision,
+        device=device,
+        data=dataset.resolve(),
+        stream=train,
+        folder=(out / FEATURES).resolve(),
+    )
+    files = range(-(-train.steps // (at_once := steps_in_file(train.global_batch))))
+    sizes = {
+        stream_file(out / FEATURES, one): min(at_once, train.steps - one * at_once) for one in files
+    }
+    sizes = {file: steps * train.global_batch for file, steps in sizes.items()}
+    _make_files(job, sizes, ranks, report)
+    return Made({"samples": train.steps * train.global_batch}, (), tuple(sizes))
 
 
 def shard_file(folder: Path, number: int) -> Path:
@@ -91,21 +114,36 @@ def read_scores(parts: Sequence[tuple[Path, Path]]) -> npt.NDArray[np.float32]:
     return np.concatenate(found)
 
 
+def _make_files(job: EmbedJob, sizes: Mapping[Path, int], ranks: int, report: Report) -> None:
+    """Run ranks on files, of so many samples each, until none is missing."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    idle, before = 0, -1
+    while missing := [file for file in sizes if not file.exists()]:
+        idle = idle + 1 if len(missing) == before else 0
+        if idle > MAX_IDLE_STARTS:
+            logs = f"{job.folder.parent}/*.log"
+            raise InputError(f"the ranks ended {idle} times without another file; see {logs}")
+        before = len(missing)
+        numbers = tuple(int(file.stem) for file in missing)
+        share = job.model_copy(update={"files": numbers, "ranks": min(ranks, len(missing))})
+        _run_ranks(share, sizes, missing, report)
+
+
 def _run_ranks(
-    job: EmbedJob, out: Path, verdicts: Sequence[ShardVerdict], total: int, report: Report
+    job: EmbedJob, sizes: Mapping[Path, int], missing: Sequence[Path], report: Report
 ) -> None:
     """Run all ranks once, whether they succeed or fail."""
-    path = out / "job.json"
+    path = job.folder.parent / "job.json"
     write_atomically(path, job.model_dump_json())
-    left = set(job.shards)
-    done = total - sum(verdicts[number].stored for number in left)
-    before, begin_s = done, time.monotonic()
+    left, total = set(missing), sum(sizes.values())
+    done = before = total - sum(sizes[file] for file in left)
+    begin_s = time.monotonic()
 
     def watch() -> None:
         nonlocal done
-        for number in [one for one in left if shard_file(job.folder, one).exists()]:
-            left.remove(number)
-            done += verdicts[number].stored
+        for file in [one for one in left if one.exists()]:
+            left.remove(file)
+            done += sizes[file]
         speed = (done - before) / max(time.monotonic() - begin_s, 1e-9)
         report(done, total, f"{speed:,.0f} samples a second")
 

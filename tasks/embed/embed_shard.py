@@ -1,11 +1,13 @@
-"""One rank of the stage: encode the samples of each `ranks`-th missing shard, and write a file a
-shard beside its place: `python -m tasks.embed.embed_shard JOB.json RANK`.
+"""One rank of a stage: encode the samples of each `ranks`-th missing shard, or what an equal run of
+missing files of a stream is to hold, and write each beside its place:
+`python -m tasks.embed.embed_shard JOB.json RANK`.
 
 The model sees chunks of one size (tasks/encoders/encode_chunks.py), so that a feature
 depends on its sample alone, whatever rank made it. Images are decoded as for an evaluation.
 """
 
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -13,13 +15,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import Tensor
 
 from evaclip_model.choices import Precision
 from evaclip_model.config import Config
 from evaclip_model.files import replace_file
 from evaclip_model.reading.image_decoder import decode_image
+from evaclip_model.reading.reader import BatchReader, ReadSettings
+from evaclip_model.reading.samples import SHARDS
 from evaclip_model.reading.shard_store import ShardStore
+from evaclip_model.reading.teacher_features import steps_in_file, stream_file
+from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.training_step import vary_caption
 from tasks.encoders.encode_chunks import IMAGE_CHUNK, embed_images, embed_texts
 from tasks.encoders.open_models import Subject, open_subject
 from tasks.index.sample_index import SampleIndex, ShardVerdict, read_verdicts
@@ -32,27 +40,33 @@ CACHE_BYTES = 8 << 30
 
 
 class EmbedJob(Config):
-    """The work of the ranks: the missing `shards` by number, into the `folder` of features."""
+    """The work of the ranks: the missing `files` by number, into the `folder` of features."""
 
     model: str
     precision: Precision
     device: str
-    verified: Path
+    data: Path
+    """A verification; of a stream, a dataset version."""
+    stream: TrainConfig | None = None
+    """The training stage that shows what is encoded; none: all usable samples as they are."""
     folder: Path
-    shards: tuple[int, ...]
-    ranks: int
+    files: tuple[int, ...] = ()
+    ranks: int = 1
 
 
 def embed_share(job: EmbedJob, rank: int) -> None:
-    """Encode this rank's shards; InputError if the model cannot be opened, its features are not
+    """Encode this rank's share; InputError if the model cannot be opened, its features are not
     finite, or a shard changed."""
     torch.set_num_threads(1)
     subject = open_subject(job.model, device=job.device, precision=job.precision)
-    verdicts = read_verdicts(job.verified)
-    index = SampleIndex(job.verified)
     cache = job.folder.parent / f".cache-{rank}"
-    with closing(ShardStore(str(job.verified), cache, CACHE_BYTES)) as store:
-        for number in job.shards[rank :: job.ranks]:
+    if job.stream is not None:
+        _embed_stream(subject, job, job.stream, rank, cache)
+        return
+    verdicts = read_verdicts(job.data)
+    index = SampleIndex(job.data)
+    with closing(ShardStore(str(job.data), cache, CACHE_BYTES)) as store:
+        for number in job.files[rank :: job.ranks]:
             table = _embed_shard(subject, store, index, number, verdicts[number])
             with replace_file(job.folder / f"{number:06d}.parquet") as beside:
                 pq.write_table(table, beside, compression="zstd")
@@ -85,6 +99,40 @@ def _embed_shard(
             "similarity": pa.array(similarity.numpy(), pa.float32()),
         }
     )
+
+
+def _embed_stream(
+    subject: Subject, job: EmbedJob, train: TrainConfig, rank: int, cache: Path
+) -> None:
+    """Read as the trainer does, all lanes, and each crop at the model's size."""
+    size = subject.transform(Image.new("RGB", (8, 8))).shape[-1]
+    reader = BatchReader(
+        job.data / SHARDS,
+        train.model_copy(update={"image_px": size}),
+        rank=0,
+        ranks=1,
+        settings=ReadSettings(shard_cache=cache, shard_cache_bytes=CACHE_BYTES),
+    )
+    with closing(reader):
+        for number in np.array_split(job.files, job.ranks)[rank].tolist():
+            captions: list[str] = []
+            images = embed_images(subject, _show_file(subject, reader, train, number, captions))
+            features = torch.stack([images, embed_texts(subject, captions)], dim=1)
+            with replace_file(stream_file(job.folder, number)) as beside, beside.open("wb") as file:
+                np.save(file, features.numpy().astype(np.float16), allow_pickle=False)
+
+
+def _show_file(
+    subject: Subject, reader: BatchReader, train: TrainConfig, number: int, captions: list[str]
+) -> Iterator[Tensor]:
+    """The crops of a file's steps as the model takes them; captions as shown go to `captions`."""
+    first = number * steps_in_file(train.global_batch)
+    last = min(first + steps_in_file(train.global_batch), train.steps)
+    for batch in reader.iterate_batches(first, last):
+        shown = zip(batch.captions, batch.positions.tolist(), strict=True)
+        captions += [vary_caption(text, train, position) for text, position in shown]
+        for pixels in batch.images.permute(0, 2, 3, 1).numpy():
+            yield subject.transform(Image.fromarray(pixels))
 
 
 def _halves(features: Tensor) -> pa.FixedSizeListArray:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 from evaclip_model.errors import InputError, escape_control
 from evaclip_model.files import write_atomically
 from evaclip_model.ports import find_free_port
-from evaclip_model.reading.samples import ShardManifest
 from evaclip_model.training.config import (
     DRY_RUN_FILE,
     EMA_FOLDER,
@@ -164,6 +163,13 @@ class Inputs(NamedTuple):
     """Folder of the model to start from."""
     shards: Path
     """`shards.json` of the dataset version."""
+    teachers: tuple[Path, ...] = ()
+    """Folders of the features of the stage's teachers."""
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """All that the ranks read."""
+        return tuple(one.resolve() for one in (self.start_from, self.shards, *self.teachers))
 
 
 def train_model(
@@ -177,7 +183,7 @@ def train_model(
             suffice for half as many pairs at once either, or what starts the ranks is not there.
         TrainingCrashed: the ranks end without making progress.
     """
-    config = _fit_to_data(config, inputs)
+    config = config.fit_to_shards(inputs.shards)
     if not (out / RESULT_FILE).is_file():
         _run_training(Follower(config, out.resolve() / METRICS_FILE, report), inputs, launch)
     result = json.loads((out / RESULT_FILE).read_text())
@@ -197,7 +203,7 @@ def try_out(
 ) -> dict[str, Any]:
     """Start the ranks for one step that is thrown away; nothing but `out` is written to. Returns
     what the trainer's `dry_run.json` says; raises as `train_model`."""
-    config = _fit_to_data(config, inputs)
+    config = config.fit_to_shards(inputs.shards)
     follower = Follower(config, out.resolve() / METRICS_FILE, report)
     status = _start_ranks(follower, inputs, launch, dry_run=True)
     if not (out / DRY_RUN_FILE).is_file():
@@ -207,13 +213,6 @@ def try_out(
         )
     found: dict[str, Any] = json.loads((out / DRY_RUN_FILE).read_text())
     return found
-
-
-def _fit_to_data(config: TrainConfig, inputs: Inputs) -> TrainConfig:
-    if config.epochs is None:
-        return config
-    held = ShardManifest.read(inputs.shards).by_source().items()
-    return config.fit_to_data({name: sum(one.samples for one in shards) for name, shards in held})
 
 
 def _run_training(follower: Follower, inputs: Inputs, launch: Launch) -> None:
@@ -335,6 +334,7 @@ def _make_job(
         train=config,
         start_from=inputs.start_from.resolve(),
         shards=inputs.shards.resolve(),
+        teachers=tuple(one.resolve() for one in inputs.teachers),
         run_dir=out,
         **{**fitting, **{name: value for name, value in chosen.items() if value is not None}},
     )
@@ -370,7 +370,7 @@ def _submission_command(kind: Kind, launch: Launch, job: Path, inputs: Inputs) -
     text = job_script(
         launch.job_template or cluster.template,
         job=job,
-        reads=(inputs.start_from.resolve(), inputs.shards.resolve()),
+        reads=inputs.places,
         log=job.parent / LOG_FILE,
         ranks=launch.ranks,
         nodes=launch.nodes,

@@ -58,6 +58,22 @@ def test_labels_are_printed_by_probability(saved: Path, capsys: pytest.CaptureFi
     assert sum(shares) == pytest.approx(100, abs=0.2)
 
 
+def test_labels_of_a_sigmoid_model_are_judged_each_by_itself(saved, tmp_path, capsys):
+    model = create_model("EVA02-CLIP-demo", seed=0).eval()
+    model.logit_bias = torch.nn.Parameter(torch.tensor([-2.0]))
+    save_model(model, tmp_path / "model")
+    pixels = image_transform(model)(Image.open(saved / "red.png"))
+    with torch.inference_mode():
+        image = model.encode_image(pixels[None], normalize=True)
+        texts = model.encode_text(tokenize(["a dog", "a cat"]), normalize=True)
+        expected = (model.logit_scale.exp() * image @ texts.T - 2).sigmoid()[0].tolist()
+    options = ["--template", "{}", "--model", tmp_path / "model"]
+    assert run("classify", saved / "red.png", "a dog", "a cat", *options) == 0
+    lines = dict(line.split("%  ")[::-1] for line in capsys.readouterr().out.splitlines())
+    shown = [float(lines[label]) / 100 for label in ("a dog", "a cat")]
+    assert shown == pytest.approx(expected, abs=1e-3) and sum(shown) != pytest.approx(1, abs=0.01)
+
+
 def test_the_architectures_are_listed(capsys: pytest.CaptureFixture[str]):
     assert main(["models"]) == 0
     assert "EVA02-CLIP-E-14-plus" in capsys.readouterr().out

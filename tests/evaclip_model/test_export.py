@@ -53,13 +53,15 @@ def test_open_clip_opens_the_folder_of_a_published_architecture(tmp_path):
     config = json.loads(json.dumps(small_config()))
     shipped = create_model("EVA02-CLIP-B-16", seed=0).config.vision.model_dump()
     ours = create_model({**config, "vision": shipped, "embed_dim": 64}, seed=0).eval()
+    ours.logit_bias = torch.nn.Parameter(torch.tensor([-3.5]))
     export_model(ours, tmp_path / "b", as_="open_clip")
     theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'b'}")
     images = torch.randn(1, 3, 224, 224)
     tokens = torch.tensor([[START, 7, 8, END, *[0] * 16]])
-    for got, expected in zip(theirs.eval()(images, tokens), ours(images, tokens), strict=True):
+    *found, bias = theirs.eval()(images, tokens)
+    for got, expected in zip(found, ours(images, tokens), strict=True):
         torch.testing.assert_close(got, expected, **CLOSE)
-    assert "224" in str(transform)
+    assert bias.item() == -3.5 and "224" in str(transform)
 
 
 @torch.no_grad()
@@ -183,6 +185,7 @@ def test_onnx_graphs_of_a_model_in_bf16_in_training_are_in_float32_and_drop_noth
 
 def test_onnx_graphs_say_how_to_use_them(tmp_path):
     model = small_model()
+    model.logit_bias = torch.nn.Parameter(torch.tensor([-3.5]))  # as the sigmoid loss leaves it
     written = export_onnx(model, tmp_path)
     for path in written:
         assert str(REPOSITORY).encode() not in path.read_bytes()
@@ -190,6 +193,7 @@ def test_onnx_graphs_say_how_to_use_them(tmp_path):
         onnx.checker.check_model(graph, full_check=True)
         facts = {entry.key: entry.value for entry in graph.metadata_props}
         assert float(facts["logit_scale"]) == pytest.approx(model.logit_scale.exp().item())
+        assert float(facts["logit_bias"]) == -3.5
         assert (facts["image_px"], facts["context_length"]) == ("32", "20")
         assert json.loads(facts["image_std"])[2] == pytest.approx(0.27577711)
 

@@ -15,7 +15,14 @@ from evaclip_model.training.loss.contrastive import (
     gathered_contrastive_loss,
     pair_terms,
 )
-from tests.evaclip_model.plain_loss import WAYS, caption_numbers, plain_terms, with_gradients
+from tests.evaclip_model.plain_loss import (
+    TEACHER,
+    WAYS,
+    caption_numbers,
+    plain_terms,
+    teachers_of,
+    with_gradients,
+)
 
 HERE = Path(__file__).parent
 WORKER = HERE / "gather_worker.py"
@@ -71,24 +78,25 @@ def test_two_ranks_give_the_original_losses_accuracies_and_gradients(on_ranks):
             torch.testing.assert_close(got[f"d_{side}"], original, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_the_mean_over_ranks_is_the_whole_batch_in_one_process(on_ranks, tmp_path, count):
-    image, text = unit_features(24, 16)
+    image, text = unit_features(30, 16, torch.float64)
     whole = tmp_path / "features.safetensors"
     save_file({"image_features_all": image, "text_features_all": text}, whole)
     of = on_ranks(count, whole, SCALE)
-    captions = caption_numbers(24)
+    captions = caption_numbers(30)
     for name, way in WAYS.items():
-        sides = image.double(), text.double()
-        expected = with_gradients(plain_terms, *sides, captions, SCALE, way)
+        given = image, text, captions, SCALE, way, teachers_of(30, way.get("teachers", ()))
+        expected = with_gradients(plain_terms, *given)
         got = of(name)
         for key, value in expected.items():
             if value.ndim:
                 gradient = torch.cat([part[key] for part in got]) / count
-                assert float((gradient - value).abs().max()) < 5e-7 * max(1, value.abs().max())
+                assert float((gradient - value).abs().max()) < 1e-12 * max(1, value.abs().max())
             else:
                 mean = sum(float(part[key]) for part in got) / count
-                assert mean == pytest.approx(float(value), rel=2e-6, abs=2e-7), (name, key)
+                near = 2e-6 if key in ("i2t", "t2i") else 1e-12
+                assert mean == pytest.approx(float(value), rel=near, abs=near), (name, key)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -96,7 +104,8 @@ def test_the_mean_over_ranks_is_the_whole_batch_in_one_process(on_ranks, tmp_pat
 def test_blocks_are_the_full_matrix_to_double_precision(monkeypatch, block, way):
     monkeypatch.setattr(contrastive, "BLOCK_ROWS", block[0])
     monkeypatch.setattr(contrastive, "BLOCK_COLUMNS", block[1])
-    given = *unit_features(23, 8, torch.float64), caption_numbers(23), 30.0, WAYS[way]
+    teachers = teachers_of(23, WAYS[way].get("teachers", ()))
+    given = *unit_features(23, 8, torch.float64), caption_numbers(23), 30.0, WAYS[way], teachers
     found, expected = (with_gradients(loss, *given) for loss in (pair_terms, plain_terms))
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -119,11 +128,12 @@ def test_memory_of_a_loss_does_not_grow_with_the_square_of_the_batch():
             return found
 
     features = unit_features(9000, 2)
-    for bias in ([], [torch.tensor(-10.0)]):
+    teachers = {"teachers": teachers_of(9000, [2]), "teacher": TEACHER}
+    for bias, given in (([], {}), ([torch.tensor(-10.0)], {}), ([], teachers)):
         made.clear()
         leaves = [side.clone().requires_grad_() for side in features]
         with Largest():
-            terms = pair_terms(*leaves, torch.tensor(9.0), *bias)
+            terms = pair_terms(*leaves, torch.tensor(9.0), *bias, **given)
             terms.loss.backward()
         assert max(made) == contrastive.BLOCK_ROWS * contrastive.BLOCK_COLUMNS
 

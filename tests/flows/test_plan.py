@@ -26,6 +26,7 @@ from flows.planning.recipe_cost import (
     is_large,
 )
 from flows.planning.run_plan import make_plan
+from tests.flows.test_recipe_values import NOT_THE_PAPERS
 
 
 def figures(recipe: Recipe, machines: str, stage: int = 0, **given: float) -> dict[str, str]:
@@ -45,7 +46,7 @@ def test_every_recipe_is_drawn_and_planned(name: str, tmp_path: Path) -> None:
         assert is_large(recipe) and all(line.origin for line in estimate_data(recipe))
 
 
-@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"demo", "finetune"}))
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - NOT_THE_PAPERS))
 def test_every_paper_recipe_fits_whole_on_the_papers_gpus(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.published.gpus is not None

@@ -9,7 +9,7 @@ nothing: the logarithm of the whole sum would be rounded at the size of the logi
 Shapes: b samples of a rank, B samples of the global batch, E joint channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaclip_model.model.layers import to_float32
+from evaclip_model.training.config import TeacherConfig
 from evaclip_model.training.loss.objective import BLOCK_COLUMNS, BLOCK_ROWS, LossTerms
 
 
@@ -48,6 +49,8 @@ def pair_terms(
     captions: Tensor | None = None,
     ignores_same: bool = False,
     label_smoothing: float = 0.0,
+    teachers: Sequence[Tensor] = (),
+    teacher: TeacherConfig | None = None,
     group: dist.ProcessGroup | None = None,
     is_whole_batch: bool = False,
 ) -> LossTerms:
@@ -64,6 +67,8 @@ def pair_terms(
         captions: [b] int64, equal where captions are: such pairs belong together. None: all differ.
         ignores_same: pairs of equal captions but a sample's own count neither way.
         label_smoothing: share of softmax's target that is spread over all columns that count.
+        teachers: [b, 2, D] unit features by each teacher; `teacher.weight` of the loss is then the
+            mean of KL(teacher || student) over all columns, and the rest the above.
         is_whole_batch: these pairs are all, whatever ranks there are.
     """
     image, text = to_float32(image_features), to_float32(text_features)
@@ -88,13 +93,24 @@ def pair_terms(
         matches = _Matches(captions, mine, counts[kind[mine]], ignores_same)
     with torch.autocast(image.device.type, enabled=False):  # half-precision logits cost accuracy
         scalars = [to_float32(logit_scale)]
-        compute: Callable[..., _Computed] = partial(_softmax_terms, matches, label_smoothing)
+        spread = partial(matches.spread_targets, label_smoothing, image.dtype)
+        compute: Callable[..., _Computed] = partial(_softmax_terms, matches, spread, spread)
         if logit_bias is not None:
             scalars.append(to_float32(logit_bias))
             compute = partial(_sigmoid_terms, matches)
-        return LossTerms(
-            *_Blockwise.apply(compute, image, text, all_image, all_text, *scalars)  # type: ignore[no-untyped-call]
-        )
+        sides = image, text, all_image, all_text
+        terms = LossTerms(*_Blockwise.apply(compute, *sides, *scalars))  # type: ignore[no-untyped-call]
+        if not teachers or teacher is None:
+            return terms
+        if not is_alone:
+            teachers = [_gather_tensor(one, group).flatten(0, 1) for one in teachers]
+        settings = teacher.logit_scale, mine
+        rows, columns = (_TeacherTargets(teachers, *settings, s, image.dtype) for s in (0, 1))
+        compute = partial(_softmax_terms, matches, rows.spread, columns.spread)
+        crossed, _, _ = _Blockwise.apply(compute, *sides, scalars[0])  # type: ignore[no-untyped-call]
+        divergence = crossed - (rows.entropy + columns.entropy) / 2
+        loss = (1 - teacher.weight) * terms.loss + teacher.weight * divergence
+        return terms._replace(loss=loss)
 
 
 def _gather_tensor(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -145,6 +161,11 @@ class _Blockwise(torch.autograd.Function):
         return (None, *(gradients[0] * saved for saved in ctx.saved_tensors))
 
 
+_Targets = tuple[Tensor, Tensor | None]
+"""[h, w] of a block of softmax's targets, whose rows sum to 1 over all columns; [h, w] bool: left
+out (none: nothing is)."""
+
+
 @dataclass(frozen=True)
 class _Matches:
     """The pairs of a rank's rows and all columns that belong together, and those left out."""
@@ -168,9 +189,9 @@ class _Matches:
         return own, same & ~own
 
     def spread_targets(
-        self, high: slice, wide: slice, smoothing: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
-        """[h, w] softmax's targets, whose rows sum to 1 over all columns, and what is left out."""
+        self, smoothing: float, dtype: torch.dtype, high: slice, wide: slice
+    ) -> _Targets:
+        """Softmax's targets of a block, and what is left out."""
         right, left_out = self.cut_block(high, wide)
         repeats, columns = self.repeats[high, None].to(dtype), len(self.captions)
         shares, counted = (1.0, columns - repeats + 1) if self.ignores else (repeats, columns)
@@ -184,30 +205,69 @@ class _Matches:
         return (self.captions[best] == self.captions[self.rows]).float().mean()
 
 
+class _TeacherTargets:
+    """Softmax's targets of a rank's rows that teachers set: the mean of their own softmaxes."""
+
+    def __init__(
+        self, teachers: Sequence[Tensor], scale: float, rows: slice, side: int, dtype: torch.dtype
+    ) -> None:
+        """`teachers`: features [B, 2, D]; the `rows` of `side`, 0 images or 1 captions, are the
+        rank's, the columns all of the other."""
+        self._sides = [(one[rows, side], one[:, 1 - side]) for one in teachers]
+        self._scale, self._dtype = scale, dtype
+        totals = torch.stack([self._sum_up(*one) for one in self._sides])
+        self._sums = totals[:, 0]
+        self.entropy = (totals[:, 0] - totals[:, 1]).mean()
+        """[] in nats, the mean over rows and teachers."""
+
+    def spread(self, high: slice, wide: slice) -> _Targets:
+        """Targets of a block; nothing is left out."""
+        shares = [
+            self._cut_block(*one, high, wide).sub_(sums[high, None]).exp_()
+            for one, sums in zip(self._sides, self._sums, strict=True)
+        ]
+        return torch.stack(shares).mean(0), None
+
+    def _cut_block(self, rows: Tensor, columns: Tensor, high: slice, wide: slice) -> Tensor:
+        return self._scale * rows[high].to(self._dtype) @ columns[wide].to(self._dtype).T
+
+    def _sum_up(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """[2, b] of every row the logarithm of the sum of exponentials, and the mean logit under
+        the softmax."""
+        sums, means = torch.zeros(2, len(rows), dtype=self._dtype, device=rows.device)
+        sums.fill_(-torch.inf)
+        for high, wide in _iterate_blocks(len(rows), len(columns)):
+            logits = self._cut_block(rows, columns, high, wide)
+            here = logits.logsumexp(1)
+            total = torch.logaddexp(sums[high], here)
+            own = logits.softmax(1).mul_(logits).sum(1).mul_((here - total).exp())
+            means[high] = means[high] * (sums[high] - total).exp() + own
+            sums[high] = total
+        return torch.stack([sums, means])
+
+
 def _softmax_terms(
     matches: _Matches,
-    smoothing: float,
+    of_images: Callable[[slice, slice], _Targets],
+    of_texts: Callable[[slice, slice], _Targets],
     image: Tensor,
     text: Tensor,
     all_image: Tensor,
     all_text: Tensor,
     scale: Tensor,
 ) -> _Computed:
-    image_loss, image_hits, d_image, d_all_text = _softmax_rows(
-        matches, smoothing, image, all_text, scale
-    )
-    text_loss, text_hits, d_text, d_all_image = _softmax_rows(
-        matches, smoothing, text, all_image, scale
-    )
+    image_loss, image_best, d_image, d_all_text = _softmax_rows(of_images, image, all_text, scale)
+    text_loss, text_best, d_text, d_all_image = _softmax_rows(of_texts, text, all_image, scale)
+    hits = matches.count_hits(image_best), matches.count_hits(text_best)
     d_scale = (d_image * image).sum() + (d_text * text).sum()
     gradients = [d.mul_(scale) for d in (d_image, d_text, d_all_image, d_all_text)]
-    return (image_loss + text_loss) / 2, image_hits, text_hits, [*gradients, d_scale]
+    return (image_loss + text_loss) / 2, *hits, [*gradients, d_scale]
 
 
 def _softmax_rows(
-    matches: _Matches, smoothing: float, rows: Tensor, columns: Tensor, scale: Tensor
+    targets_of: Callable[[slice, slice], _Targets], rows: Tensor, columns: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss and share of hits [] of rows [b, E]; the gradient of half the loss, over `scale`,
+    """Mean loss [] and best column [b] of rows [b, E]; the gradient of half the loss, over `scale`,
     by rows and columns [B, E]."""
     lowest = torch.finfo(rows.dtype).min  # -inf times a target of 0 would be no number
     highest = rows.new_full((len(rows),), lowest)
@@ -215,7 +275,7 @@ def _softmax_rows(
     best = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
 
     def block_of(high: slice, wide: slice) -> tuple[Tensor, Tensor]:
-        targets, left_out = matches.spread_targets(high, wide, smoothing, rows.dtype)
+        targets, left_out = targets_of(high, wide)
         logits = scale * rows[high] @ columns[wide].T
         return (logits if left_out is None else logits.masked_fill_(left_out, lowest)), targets
 
@@ -234,7 +294,7 @@ def _softmax_rows(
         d_rows[high].addmm_(part, columns[wide])
         d_columns[wide].addmm_(part.T, rows[high])
     loss = (highest + sums.log() - aims).mean()
-    return loss, matches.count_hits(best), d_rows, d_columns
+    return loss, best, d_rows, d_columns
 
 
 def _sigmoid_terms(

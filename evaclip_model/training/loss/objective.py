@@ -9,7 +9,7 @@ memory without it. The formulas are in contrastive.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +24,8 @@ BLOCK_COLUMNS = 4096
 """Rows and columns of logits in memory at once: 32 MiB in float32, enough for full matrix speed."""
 BLOCKS = 8
 """Tensors of a block's size at the loss's peak, generously: logits and what is made of them."""
+TEACHER_BYTES = 2 * 2 * 1024
+"""Of a pair's two features by a teacher, half precision, at most: of the paper's largest models."""
 LOGIT_SCALE = "logit_scale"
 """Parameter: the logarithm of the inverse temperature. Metric: the inverse temperature."""
 
@@ -67,6 +69,7 @@ class Objective:
         scalars: Mapping[str, Tensor],
         *,
         captions: Tensor | None = None,
+        teachers: Sequence[Tensor] = (),
         is_whole_batch: bool = False,
     ) -> LossTerms:
         """The loss of this rank's pairs within the global batch; every rank calls it.
@@ -77,6 +80,8 @@ class Objective:
             image, text: [b, E] features of unit length; row i of both is one pair.
             scalars: as `read_scalars` gives them.
             captions: [b] int64, equal where captions are; none unless `same_caption` asks for it.
+            teachers: [b, 2, D] unit features of these images and captions by each teacher of the
+                stage; none: without its divergence.
             is_whole_batch: these pairs are all, whatever ranks there are.
         """
         from evaclip_model.training.loss.contrastive import pair_terms
@@ -88,13 +93,17 @@ class Objective:
             captions=captions,
             ignores_same=self._config.same_caption == "ignore",
             label_smoothing=self._config.label_smoothing,
+            teachers=teachers,
+            teacher=self._config.teacher,
             is_whole_batch=is_whole_batch,
         )
 
     def gpu_bytes(self, rows: int, columns: int) -> float:
         """Most bytes of a GPU's memory that the loss of a rank's `rows` pairs within a global batch
         of `columns` takes beside the features."""
-        return BLOCKS * 4 * min(rows, BLOCK_ROWS) * min(columns, BLOCK_COLUMNS)
+        teachers = len(self._config.teacher.models) if self._config.teacher else 0
+        blocks = BLOCKS * 4 * min(rows, BLOCK_ROWS) * min(columns, BLOCK_COLUMNS)
+        return blocks + teachers * TEACHER_BYTES * columns
 
 
 class SigmoidObjective(Objective):

@@ -79,6 +79,23 @@ def test_answers_are_the_models(served: Any, model: EvaClip) -> None:
     assert torch.allclose(torch.tensor(embedded.embedding.tolist()), texts, atol=1e-5)
 
 
+def test_a_sigmoid_model_is_served_with_its_bias(model: EvaClip, tmp_path: Path) -> None:
+    import mlflow
+
+    biased = create_model("EVA02-CLIP-demo", seed=0).eval()
+    biased.logit_bias = torch.nn.Parameter(torch.tensor([-2.0]))
+    save_model(biased, tmp_path / "model")
+    pack_model(tmp_path / "model", tmp_path / "packed")
+    served = mlflow.pyfunc.load_model(str(tmp_path / "packed" / "model"))
+    (answer,) = served.predict(frame(image_bytes()), params=LABELS).to_dict("records")
+    pixels = image_transform(model)(Image.open(io.BytesIO(image_bytes())))
+    with torch.inference_mode():
+        image = model.encode_image(pixels[None], normalize=True)
+        texts = model.encode_text(tokenize(LABELS["candidate_labels"]), normalize=True)
+        expected = (model.logit_scale.exp() * image @ texts.T - 2).sigmoid()
+    assert answer["probabilities"] == pytest.approx(expected[0].tolist(), abs=1e-5)
+
+
 def test_base64_is_read_and_many_rows_are_answered_in_their_order(served: Any) -> None:
     data = [
         image_bytes(),
