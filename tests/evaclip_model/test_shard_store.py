@@ -223,7 +223,7 @@ def test_a_shard_that_never_comes_right_is_one_sentence(web, tmp_path):
 
 
 def test_a_shard_that_is_not_there_is_not_asked_for_again(web, tmp_path):
-    shard = shards_of(web)[0].model_copy(update={"path": "gone.tar"})
+    shard = replace(shards_of(web)[0], path="gone.tar")
     with (
         closing(store(web, tmp_path / "cache")) as shards,
         pytest.raises(InputError, match=r"gone\.tar does not exist"),

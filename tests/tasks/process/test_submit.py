@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from evaclip_model import InputError
+from tasks.process import cluster
 from tasks.process.cluster import CANCELLED, CLUSTERS, FAILED, OVER
-from tasks.train import cluster
 from tests.tasks.process.fake_slurm import FakeSlurm
 
 CHECKOUT = Path(__file__).parents[3]
