@@ -15,11 +15,7 @@ from flows.promotion.apply_decision import (
     register_and_judge,
 )
 from flows.reporting.crash_hook import close_tracking
-from flows.reporting.prefect_artifacts import (
-    publish_evaluation,
-    publish_overview,
-    publish_sources,
-)
+from flows.reporting.prefect_artifacts import publish_evaluation, publish_overview, publish_sources
 from tasks.adopt.config import STAGE as ADOPT
 from tasks.artifacts.artifact import Artifact
 

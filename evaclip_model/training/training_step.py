@@ -163,10 +163,7 @@ def forward_backward(
     # Scalars are the same for all parts: their gradient comes once, as zero from the others, so
     # that every part reaches every parameter (DeepSpeed counts on that).
     backward_from_features(
-        engine,
-        (*final_features, *final_scalars.values()),
-        (*by_part[-1], *d_scalars),
-        last=False,
+        engine, (*final_features, *final_scalars.values()), (*by_part[-1], *d_scalars), last=False
     )
     del final_features, final_scalars  # and with them, the activations
     nothing = [torch.zeros_like(gradient) for gradient in d_scalars]

@@ -14,12 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from evaclip_model.training.config import (
-    ERROR_FILE,
-    MEMORY_FILE,
-    RESUMABLE_FILE,
-    TrainJob,
-)
+from evaclip_model.training.config import ERROR_FILE, MEMORY_FILE, RESUMABLE_FILE, TrainJob
 
 DONE, RESUMABLE, DATA_ERROR, DIVERGED, OUT_OF_MEMORY = 0, 75, 76, 77, 137
 """Exit codes: finished; stopped with a checkpoint; input its author must mend; loss not finite;

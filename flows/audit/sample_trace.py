@@ -14,8 +14,7 @@ from flows.graph.ancestry import Model, ancestors_of, describe_model, first_row_
 from flows.graph.outside_data import sort_takedowns
 from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.dataset.choose import Asked
-from tasks.dataset.config import CAPTIONS
-from tasks.dataset.config import STAGE as DATASET
+from tasks.dataset.config import CAPTIONS, STAGE as DATASET
 from tasks.index.sample_index import Kind, SampleIndex, read_verdicts, shard_location
 from tasks.verify.config import STAGE as VERIFY
 

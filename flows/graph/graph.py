@@ -34,17 +34,8 @@ from flows.graph.outside_data import (
     hash_marks,
     sort_takedowns,
 )
-from flows.graph.step import (
-    ABSENT,
-    Input,
-    Record,
-    Step,
-    digest_of,
-    finished_artifact,
-    walk_steps,
-)
-from tasks.adopt.config import STAGE as ADOPT
-from tasks.adopt.config import AdoptConfig
+from flows.graph.step import ABSENT, Input, Record, Step, digest_of, finished_artifact, walk_steps
+from tasks.adopt.config import STAGE as ADOPT, AdoptConfig
 from tasks.artifacts.artifact import (
     CARD,
     Artifact,
@@ -55,34 +46,31 @@ from tasks.artifacts.artifact import (
     read_artifacts,
 )
 from tasks.artifacts.provenance import lineage_of
-from tasks.dataset.config import LEFT_OUT, RULES_IN_FILES, CaptionSource, DatasetConfig, Seen
-from tasks.dataset.config import STAGE as DATASET
+from tasks.dataset.config import (
+    LEFT_OUT,
+    RULES_IN_FILES,
+    STAGE as DATASET,
+    CaptionSource,
+    DatasetConfig,
+    Seen,
+)
 from tasks.dataset.lists import read_takedowns, takedowns_digest
-from tasks.demo.config import STAGE as DEMO
-from tasks.demo.config import DemoConfig
-from tasks.download.config import STAGE as DOWNLOAD
-from tasks.download.config import Crew
+from tasks.demo.config import STAGE as DEMO, DemoConfig
+from tasks.download.config import STAGE as DOWNLOAD, Crew
 from tasks.download.download import PROGRESS, download_images
 from tasks.download.url_tables import expected_bytes
-from tasks.embed.config import STAGE as EMBED
-from tasks.embed.config import EmbedConfig
-from tasks.evaluate.config import ATTACHED, RESULTS, EvaluateConfig
-from tasks.evaluate.config import STAGE as EVALUATE
-from tasks.initialise.config import REGISTRY, InitialiseConfig
-from tasks.initialise.config import STAGE as INITIALISE
-from tasks.interpolate.config import CHOICE, InterpolateConfig
-from tasks.interpolate.config import STAGE as INTERPOLATE
+from tasks.embed.config import STAGE as EMBED, EmbedConfig
+from tasks.evaluate.config import ATTACHED, RESULTS, STAGE as EVALUATE, EvaluateConfig
+from tasks.initialise.config import REGISTRY, STAGE as INITIALISE, InitialiseConfig
+from tasks.interpolate.config import CHOICE, STAGE as INTERPOLATE, InterpolateConfig
 from tasks.join.config import STAGE as JOIN
 from tasks.lineage.lineage_svg import lineage_svg
-from tasks.merge.config import STAGE as MERGE
-from tasks.merge.config import MergeConfig
+from tasks.merge.config import STAGE as MERGE, MergeConfig
 from tasks.merge.metadata_files import outside_files
 from tasks.progress import Report, format_bytes
-from tasks.register.config import DECISION, DECISION_PAGE, RegisterConfig
-from tasks.register.config import STAGE as REGISTER
+from tasks.register.config import DECISION, DECISION_PAGE, STAGE as REGISTER, RegisterConfig
 from tasks.train.config import STAGE as TRAIN
-from tasks.verify.config import STAGE as VERIFY
-from tasks.verify.config import VerifyConfig
+from tasks.verify.config import STAGE as VERIFY, VerifyConfig
 
 BYTES_PER_PARAMETER_SAVED = 4 + 8  # a checkpoint: fp32 weights and two moments
 TRAINED, UNTRAINED, CHAMPION = "trained", "untrained", "champion"

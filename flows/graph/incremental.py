@@ -35,13 +35,11 @@ from tasks.adopt.adopt import read_inputs as read_taken
 from tasks.adopt.config import STAGE as ADOPT
 from tasks.adopt.find_source import find_source, without_known
 from tasks.artifacts.artifact import Artifact, Role, Stage, read_artifacts
-from tasks.merge.config import STAGE as MERGE
-from tasks.merge.config import MergeConfig
+from tasks.merge.config import STAGE as MERGE, MergeConfig
 from tasks.merge.merge import read_inputs
 from tasks.merge.metadata_files import mark_of
 from tasks.register import promotion
-from tasks.register.config import DECISION
-from tasks.register.config import STAGE as REGISTER
+from tasks.register.config import DECISION, STAGE as REGISTER
 from tasks.register.gate import Decision, GateOutcome
 from tasks.register.promotion import Standing
 from tasks.tracking import TrackingStore
@@ -216,10 +214,7 @@ def describe_new_data(news: News, recipe: Recipe) -> Iterator[str]:
 
 
 def _find_attempts(
-    graph: Graph,
-    name: str,
-    artifacts: Sequence[Artifact],
-    standings: Mapping[int, Standing],
+    graph: Graph, name: str, artifacts: Sequence[Artifact], standings: Mapping[int, Standing]
 ) -> list[Attempt]:
     """Every registration under the model's name in this registry, by version. The digests on the
     versions tell: one database has many addresses (moved, behind a server, by another host name).

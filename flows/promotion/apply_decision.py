@@ -40,8 +40,7 @@ from tasks.evaluate.config import RESULTS
 from tasks.evaluate.metrics.metric import judged_metrics
 from tasks.progress import Report
 from tasks.register import gate, promotion
-from tasks.register.config import DECISION_PAGE, REGISTERED, RegisterConfig
-from tasks.register.config import STAGE as REGISTER
+from tasks.register.config import DECISION_PAGE, REGISTERED, STAGE as REGISTER, RegisterConfig
 from tasks.register.model_registry import forget_if_gone, register_model
 from tasks.register.promotion import Waiting, read_decision
 from tasks.register.pull_model import pull_model

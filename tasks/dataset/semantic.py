@@ -28,12 +28,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.zeroshot.encode_chunks import embed_images
-from tasks.dataset.angles import (
-    bound_guests,
-    cosine_of,
-    find_cells,
-    find_outranked,
-)
+from tasks.dataset.angles import bound_guests, cosine_of, find_cells, find_outranked
 from tasks.dataset.choose import Choice, LeftOutReason, iterate_images
 from tasks.dataset.config import SEARCH, DatasetConfig, Seen
 from tasks.encoders.open_models import open_subject

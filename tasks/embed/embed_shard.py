@@ -24,12 +24,7 @@ from evaclip_model.config import Config
 from evaclip_model.files import replace_file
 from evaclip_model.reading.image_decoder import decode_image
 from evaclip_model.reading.shard_store import ShardStore
-from evaclip_model.training.cost import (
-    PACKED_TEXT_TOKENS,
-    image_flops,
-    peak_flops,
-    text_flops,
-)
+from evaclip_model.training.cost import PACKED_TEXT_TOKENS, image_flops, peak_flops, text_flops
 from evaclip_model.zeroshot.encode_chunks import (
     IMAGE_CHUNK,
     EvaSubject,

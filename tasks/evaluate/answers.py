@@ -14,8 +14,7 @@ from typing import Any
 
 import pyarrow
 import torch
-from pyarrow import json as pyarrow_json
-from pyarrow import parquet
+from pyarrow import json as pyarrow_json, parquet
 from torch import Tensor
 
 from evaclip_model.files import replace_file

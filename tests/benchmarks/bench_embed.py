@@ -33,8 +33,7 @@ from PIL import Image
 from evaclip_model import create_model, save_model
 from tasks.artifacts.artifact import Address, produce_artifact
 from tasks.progress import report_nothing
-from tasks.verify.config import STAGE as VERIFY
-from tasks.verify.config import VerifyConfig
+from tasks.verify.config import STAGE as VERIFY, VerifyConfig
 from tasks.verify.verify import verify_shards
 from tests.evaclip_model.peer_libraries import open_clip
 

@@ -32,11 +32,9 @@ import pyarrow.parquet as pq
 
 from evaclip_model.reading.samples import Shard
 from tasks.artifacts.artifact import Address, Artifact, Made, produce_artifact
-from tasks.dataset.config import STAGE as DATASET
-from tasks.dataset.config import DatasetConfig, OutsideFiles
+from tasks.dataset.config import STAGE as DATASET, DatasetConfig, OutsideFiles
 from tasks.dataset.dataset import Takedowns, make_dataset
-from tasks.download.config import STAGE as DOWNLOAD
-from tasks.download.config import DownloadConfig
+from tasks.download.config import STAGE as DOWNLOAD, DownloadConfig
 from tasks.index.sample_index import (
     CHECKED,
     COLUMNS,
@@ -46,11 +44,9 @@ from tasks.index.sample_index import (
     write_index,
     write_verdicts,
 )
-from tasks.merge.config import STAGE as MERGE
-from tasks.merge.config import MergeConfig, SourceConfig
+from tasks.merge.config import STAGE as MERGE, MergeConfig, SourceConfig
 from tasks.progress import report_nothing
-from tasks.verify.config import STAGE as VERIFY
-from tasks.verify.config import VerifyConfig
+from tasks.verify.config import STAGE as VERIFY, VerifyConfig
 
 PER_SHARD = 10_000
 TAKEN_DOWN = 1_000

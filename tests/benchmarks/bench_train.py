@@ -120,8 +120,7 @@ def run_ours(settings: dict[str, Any]) -> None:
 def run_theirs(settings: dict[str, Any]) -> None:
     """open_clip's trainer, its own functions where it has them."""
     from tests.evaclip_model.peer_libraries import open_clip  # isort: skip
-    from open_clip_train import data as loader
-    from open_clip_train import train as trainer
+    from open_clip_train import data as loader, train as trainer
     from webdataset import tariterators
 
     pacing = Pacing(settings["steps"])

@@ -96,11 +96,7 @@ def write_shard(path, source, names, rng):
             Image.fromarray(pixels).save(image, "png")
             record = json.dumps({"uid": name, "source": source}).encode()
             caption = f"a {COLOURS[int(name) % 8]} thing number {name}".encode()
-            for extension, data in (
-                ("png", image.getvalue()),
-                ("txt", caption),
-                ("json", record),
-            ):
+            for extension, data in (("png", image.getvalue()), ("txt", caption), ("json", record)):
                 member = tarfile.TarInfo(f"{name}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

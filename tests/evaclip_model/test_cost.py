@@ -90,10 +90,7 @@ def stage(**settings: object) -> TrainConfig:
 
 def total(model: str, train: TrainConfig, ranks: int, micro_batch: int, tokens: float) -> float:
     memory = gpu_memory(
-        *(ModelConfig.load(model), train),
-        ranks=ranks,
-        micro_batch=micro_batch,
-        text_tokens=tokens,
+        *(ModelConfig.load(model), train), ranks=ranks, micro_batch=micro_batch, text_tokens=tokens
     )
     return sum(memory.values())
 

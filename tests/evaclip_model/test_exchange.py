@@ -5,12 +5,7 @@ import math
 import pytest
 import torch
 
-from evaclip_model.training.monitoring.metrics import (
-    RankRow,
-    RankStats,
-    gather_stats,
-    is_straggler,
-)
+from evaclip_model.training.monitoring.metrics import RankRow, RankStats, gather_stats, is_straggler
 
 
 def row(**changes):

@@ -9,8 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import given, settings, strategies as some
 from torch import Tensor
 
 from evaclip_model.zeroshot import statistics
@@ -159,9 +158,7 @@ def test_the_order_of_images_decides_no_average_precision(order: list[int], scor
 
 
 @given(some.lists(some.tuples(some.integers(0, 3), some.booleans()), min_size=1, max_size=9))
-def test_ties_that_are_won_and_lost_bound_every_order_of_the_tied(
-    images: list[tuple[int, bool]],
-):
+def test_ties_that_are_won_and_lost_bound_every_order_of_the_tied(images: list[tuple[int, bool]]):
     shown = torch.tensor([truth for _, truth in images])[:, None]
     if not bool(shown.any()):
         return

@@ -107,10 +107,7 @@ def test_hit_rates_of_retrieval_both_ways_are_theirs(seed: int):
     to_text = exact_ranks.retrieve_texts(images, texts, owner)
     to_image = exact_ranks.retrieve_images(images, texts, owner)
     for k in (1, 5, 10):
-        for ranking, logits, positives in (
-            (to_text, scores.T, right.T),
-            (to_image, scores, right),
-        ):
+        for ranking, logits, positives in ((to_text, scores.T, right.T), (to_image, scores, right)):
             ours = statistics.hit_rate(ranking.ranks, k)
             assert 0.1 < ours < 1
             found = their_retrieval.recall_at_k(logits, positives, k) > 0

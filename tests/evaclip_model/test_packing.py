@@ -7,16 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from evaclip_model.model import text
-from evaclip_model.model.text import (
-    filled_length,
-    group_lengths,
-    pack_captions,
-    pack_padded,
-)
+from evaclip_model.model.text import filled_length, group_lengths, pack_captions, pack_padded
 from tests.evaclip_model.small_models import END, small_batch, small_model
 
 CPU = torch.device("cpu")

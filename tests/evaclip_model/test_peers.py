@@ -11,14 +11,7 @@ from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.loss.contrastive import contrastive_loss
 from tests.evaclip_model.peer_libraries import open_clip
-from tests.evaclip_model.peers import (
-    FAMILIES,
-    TEXT,
-    batch_of,
-    in_their_names,
-    randomise,
-    twin_of,
-)
+from tests.evaclip_model.peers import FAMILIES, TEXT, batch_of, in_their_names, randomise, twin_of
 
 CAPTIONS = ["a photo of a dog", "", "Mötley Crüe's <b>tour</b> &amp; 10,000 fans 🎸", "very " * 90]
 

@@ -15,8 +15,7 @@ import ftfy
 import ftfy.badness
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from evaclip_model.errors import InputError
 from evaclip_model.tokenizer import tokenizer

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 from torch.utils.data import DataLoader
 from webdataset.tariterators import tarfile_samples
 

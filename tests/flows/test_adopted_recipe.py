@@ -26,14 +26,7 @@ from tasks.artifacts.artifact import Artifact
 from tasks.index.sample_index import SampleIndex
 from tasks.progress import report_nothing
 from tests.flows.command import run
-from tests.tasks.adopt.test_adopt import (
-    IMG2DATASET,
-    digests,
-    pack,
-    stranger,
-    web,
-    write_pictures,
-)
+from tests.tasks.adopt.test_adopt import IMG2DATASET, digests, pack, stranger, web, write_pictures
 
 __all__ = ["web"]
 
@@ -152,7 +145,7 @@ def test_metadata_and_adopted_sources_are_joined_and_weighted_together(tmp_path:
     weights = "train.stage1.source_weights={laion2b = 0.5, coyo700m = 0.1, mine = 0.4}"
     graph = graph_of(load_recipe("demo", [f"adopt.sources={source}", weights]))
     assert stages(graph)[:7] == [
-        *("demo", "merge", "download", "verify", "adopt", "verify", "join"),
+        *("demo", "merge", "download", "verify", "adopt", "verify", "join")
     ]
     joined = graph.dataset.inputs["verify"]
     assert isinstance(joined, Step)

@@ -103,11 +103,7 @@ def test_a_recipe_that_is_no_toml_is_named_with_the_place(refused: Command, tmp_
         ),
         ("EVACLIP_ROOT", __file__, "cannot be made .*: set EVACLIP_ROOT to another one"),
         ("EVACLIP_ROOT", f"{__file__}/runs", "cannot be made .*: set EVACLIP_ROOT to another one"),
-        (
-            "EVACLIP_TRACKING_URI",
-            "ftp://mlflow",
-            "'ftp://mlflow' is not a tracking address: give",
-        ),
+        ("EVACLIP_TRACKING_URI", "ftp://mlflow", "'ftp://mlflow' is not a tracking address: give"),
     ],
 )
 def test_a_wrong_setting_of_the_machine_is_named(

@@ -17,11 +17,7 @@ STORE = "sqlite:///there.db"
 
 
 def findings(
-    root: Path,
-    name: str,
-    machine: Machine,
-    given: Machines | None = None,
-    **settings: str | int,
+    root: Path, name: str, machine: Machine, given: Machines | None = None, **settings: str | int
 ) -> dict[str, Finding]:
     recipe, profile = load_recipe(name), Profile(_env_file=None, root=root, **settings)
     found = recipe_findings(recipe, draw_graph(recipe, root, STORE), profile, machine, given)

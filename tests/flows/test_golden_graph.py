@@ -83,10 +83,7 @@ def test_every_recipes_retraining_has_the_digests_that_it_had(name: str, tmp_pat
 
 @pytest.mark.parametrize("name", ["demo", "eva02-clip-b-16", "eva02-clip-l-14"])
 def test_a_plan_says_what_it_said(
-    name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("EVACLIP_ROOT", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)

@@ -133,8 +133,7 @@ def test_a_recipe_has_table_1s_samples_beside_its_gpus_and_accuracy(model: str) 
 
 
 @pytest.mark.parametrize(
-    ("name", "row"),
-    [(name, row.cells) for name, row in zip(ABLATION, rows_of("5"), strict=True)],
+    ("name", "row"), [(name, row.cells) for name, row in zip(ABLATION, rows_of("5"), strict=True)]
 )
 def test_the_ablation_is_that_of_table_5(name: str, row: Mapping[str, Any]) -> None:
     recipe = load_recipe(name)

@@ -69,7 +69,7 @@ def test_models_are_named_by_the_telling_part_of_what_opens_them(models: Path, d
     specs = [first, f"mine={first}", weights, "models:/evaclip@champion", "open_clip:ViT-B-32/tag"]
     named = asked(specs, data).models
     assert list(named) == [
-        *("first", "mine", "EVA02-CLIP-demo", "evaclip@champion", "ViT-B-32/tag"),
+        *("first", "mine", "EVA02-CLIP-demo", "evaclip@champion", "ViT-B-32/tag")
     ]
     assert named["first"] == named["mine"] == first
 

@@ -23,12 +23,10 @@ from tasks.dataset.config import DatasetConfig, OutsideFiles
 from tasks.dataset.dataset import Takedowns, _keep_shards, make_dataset
 from tasks.dataset.lists import read_hashes, read_takedowns, takedowns_digest
 from tasks.index.sample_index import ShardVerdict
-from tasks.merge.config import STAGE as MERGE
-from tasks.merge.config import MergeConfig
+from tasks.merge.config import STAGE as MERGE, MergeConfig
 from tasks.merge.merge import merge_sources
 from tasks.progress import report_nothing
-from tasks.verify.config import STAGE as VERIFY
-from tasks.verify.config import VerifyConfig
+from tasks.verify.config import STAGE as VERIFY, VerifyConfig
 from tasks.verify.verify import verify_shards
 from tests.tasks.merge import metadata
 

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tasks.dataset import semantic
 from tasks.dataset.angles import are_within, bound_guests, cosine_of, find_cells, find_outranked

@@ -108,9 +108,7 @@ def test_json_lines_may_hold_several_captions_a_row_and_a_bad_line_costs_itself(
     assert made.counts["captions.recap.unusable"] == 1
 
 
-def test_a_key_that_two_samples_have_names_neither_without_a_source(
-    tmp_path: Path,
-) -> None:
+def test_a_key_that_two_samples_have_names_neither_without_a_source(tmp_path: Path) -> None:
     verified = verified_of(
         tmp_path / "one's runs",
         ("laion2b", {"a0": picture(0), "a1": picture(1)}),

@@ -11,8 +11,7 @@ from PIL import Image
 from evaclip_model.model.model_config import ModelConfig
 from tasks.artifacts.artifact import Address, Artifact, produce_artifact
 from tasks.progress import report_nothing
-from tasks.verify.config import STAGE as VERIFY
-from tasks.verify.config import VerifyConfig
+from tasks.verify.config import STAGE as VERIFY, VerifyConfig
 from tasks.verify.verify import verify_shards
 
 TINY = ModelConfig.load("EVA02-CLIP-demo").at_image_px(16)

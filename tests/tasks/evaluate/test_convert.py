@@ -254,10 +254,7 @@ def test_every_file_is_taken_or_counted_whatever_its_suffix(birds: Path, tmp_pat
     (birds / "README.md").write_text("birds")
     made = convert_imagefolder(birds, tmp_path / "set", OWN)
     assert made.images == 16
-    assert made.left_out() == {
-        "is not an image (.txt)": 2,
-        "is a file of the operating system": 2,
-    }
+    assert made.left_out() == {"is not an image (.txt)": 2, "is a file of the operating system": 2}
     assert any("1 files beside the class folders" in remark for remark in made.about_names)
 
 

@@ -139,10 +139,7 @@ def test_groups_are_read_beside_the_labels(tmp_path: Path, write, disc):
     np.save(vector, np.array([3, 2016, 1]))
     members = [("k.png", disc("red", 1)), ("k.cls", b"0"), ("k.npy", vector.read_bytes())]
     folder = write(
-        tmp_path / "fmow",
-        [members],
-        classnames="a\n",
-        zeroshot_classification_templates="{c}\n",
+        tmp_path / "fmow", [members], classnames="a\n", zeroshot_classification_templates="{c}\n"
     )
     assert open_set("fmow", folder, "classification").samples[0].group == 3
 

@@ -10,14 +10,7 @@ import pytest
 
 from evaclip_model.model.model_config import ModelConfig, list_models
 from tasks.encoders.open_models import architecture_name
-from tasks.evaluate.paper.published import (
-    TABLES,
-    PaperRow,
-    members_of,
-    paper,
-    paper_model,
-    rows_of,
-)
+from tasks.evaluate.paper.published import TABLES, PaperRow, members_of, paper, paper_model, rows_of
 from tasks.evaluate.sets.set_registry import known_sets
 
 IMAGENETS = ("in1k", "in_a", "in_r", "in_v2", "in_sketch", "objectnet")

@@ -76,10 +76,7 @@ def write_both(folder: Path, write: WriteSet, disc: Disc, tars: int) -> dict[str
     templates = "a {c} disc.\n{c}\na photo of something {c}\n"
     return {
         "discs": write(
-            folder / "discs",
-            classes,
-            classnames=names,
-            zeroshot_classification_templates=templates,
+            folder / "discs", classes, classnames=names, zeroshot_classification_templates=templates
         ),
         "captions": write(folder / "captions", captions, dataset_type="retrieval\n"),
     }

@@ -81,8 +81,7 @@ def siglip(library, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokens = {"vocab_size": 60, "max_position_embeddings": CONTEXT}
     config = library.SiglipConfig(
-        text_config={**SIZES, **tokens, "projection_size": 32},
-        vision_config={**SIZES, **VISION},
+        text_config={**SIZES, **tokens, "projection_size": 32}, vision_config={**SIZES, **VISION}
     )
     folder = scratch / "tiny-siglip"
     return save_model(library, library.SiglipModel, config, tokenizer, folder, crop=False)

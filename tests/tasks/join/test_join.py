@@ -17,8 +17,7 @@ from tasks.index.sample_index import INDEX, Kind, SampleIndex, read_verdicts
 from tasks.join.config import STAGE
 from tasks.join.join import JoinedPart, join_verifications, read_parts
 from tasks.progress import report_nothing
-from tasks.verify.config import STAGE as VERIFY
-from tasks.verify.config import VerifyConfig
+from tasks.verify.config import STAGE as VERIFY, VerifyConfig
 from tasks.verify.verify import verify_shards
 from tests.tasks.dataset.test_dataset import (
     Images,

@@ -83,9 +83,7 @@ def run_pipeline(tracking: Tracking, root: Path) -> None:
                 time.sleep(0.5)
             artifact = made_artifact(root, "train", {"shards": merged.digest})
             stage.record_artifact(
-                artifact,
-                inputs={"training": merged},
-                attach=[artifact.folder / "report.html"],
+                artifact, inputs={"training": merged}, attach=[artifact.folder / "report.html"]
             )
 
 

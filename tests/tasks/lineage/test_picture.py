@@ -54,14 +54,7 @@ def test_every_artifact_and_every_source_is_a_box_and_none_covers_another() -> N
     for (x, y), (other_x, other_y) in combinations(found.values(), 2):
         assert abs(x - other_x) >= BOX_WIDTH or abs(y - other_y) >= BOX_HEIGHT
     left = {title.split(" · ")[0]: x for title, (x, _) in found.items()}
-    order = (
-        "laion2b",
-        "merge",
-        "dataset",
-        "train <stage & one>",
-        "evaluate",
-        "evaclip/3",
-    )
+    order = ("laion2b", "merge", "dataset", "train <stage & one>", "evaluate", "evaclip/3")
     assert [left[title] for title in order] == sorted(left[title] for title in order)
     assert ET.fromstring(picture).get("viewBox")
 

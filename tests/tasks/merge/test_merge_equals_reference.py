@@ -7,8 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from evaclip_model.errors import InputError
 from tasks.merge.config import (
@@ -125,10 +124,7 @@ NAMES = {
     | {"language": "language"},
 }
 TAGS = {"laion2b": ["NSFW"]}
-UNSAFE_SCORES = {
-    "joined": ["punsafe"],
-    "coyo": ["nsfw_score_opennsfw2", "nsfw_score_gantman"],
-}
+UNSAFE_SCORES = {"joined": ["punsafe"], "coyo": ["nsfw_score_opennsfw2", "nsfw_score_gantman"]}
 
 filters = st.builds(
     FilterConfig,

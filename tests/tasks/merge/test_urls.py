@@ -5,8 +5,7 @@ from pathlib import Path
 from urllib.request import Request
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tasks.merge.database import load_statement, open_database
 from tests.tasks.merge.reference import address_and_url, tidy

@@ -130,9 +130,7 @@ def test_a_registry_entry_of_a_stranger_brings_no_file_that_it_names(
     assert "has no checksum in the registry" in caplog.text
 
 
-def test_files_that_were_moved_away_are_one_sentence_that_names_their_place(
-    tmp_path: Path,
-) -> None:
+def test_files_that_were_moved_away_are_one_sentence_that_names_their_place(tmp_path: Path) -> None:
     store = TrackingStore.at(f"sqlite:///{tmp_path}/mlflow.db", "e")
     client = store.client()
     client.create_registered_model("clip")
