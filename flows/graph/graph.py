@@ -625,7 +625,7 @@ def evaluate_step(
     def make(profile: Profile, out: Path, report: Report) -> Made:
         from flows.graph.ancestry import find_data
         from tasks.evaluate.evaluate import evaluate_models
-        from tasks.evaluate.metrics.contamination import TrainingData
+        from tasks.evaluate.metrics.compute import TrainingData
 
         trained_on = []
         if dataset and (dataset.folder / LEFT_OUT).is_file():  # else it was cleared away

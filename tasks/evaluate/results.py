@@ -10,8 +10,14 @@ from typing import Any
 from tasks.encoders.open_models import Identity, digest_of
 from tasks.evaluate.config import STAGE, EvaluateConfig
 from tasks.evaluate.encode.encode_features import texts_of
-from tasks.evaluate.metrics.compute import Figures, chance_levels, compare_models, compute_figures
-from tasks.evaluate.metrics.contamination import Mask, figures_without
+from tasks.evaluate.metrics.compute import (
+    Figures,
+    Mask,
+    chance_levels,
+    compare_models,
+    compute_figures,
+    figures_without,
+)
 from tasks.evaluate.metrics.metric import metrics_in
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.paper.published import (

@@ -21,8 +21,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from tasks.evaluate.config import ProbeConfig
-from tasks.evaluate.metrics.logistic_regression import solve_regression
-from tasks.evaluate.metrics.probes import LabelledFeatures, neighbour_votes
+from tasks.evaluate.metrics.probes import LabelledFeatures, neighbour_votes, solve_regression
 
 L2 = 1e-5
 

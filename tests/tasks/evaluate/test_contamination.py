@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from evaclip_model.zeroshot.exact_ranks import Ranking
-from tasks.evaluate.metrics.compute import compute_figures
-from tasks.evaluate.metrics.contamination import (
+from tasks.evaluate.metrics.compute import (
     TrainingData,
+    compute_figures,
     figures_without,
     hash_set,
     seen_in_training,

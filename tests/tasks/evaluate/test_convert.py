@@ -21,7 +21,12 @@ from PIL import Image
 from evaclip_model.errors import InputError
 from tasks.evaluate.sets.class_order import NO_TEMPLATES, Words
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources
-from tasks.evaluate.sets.convert.convert import convert_captions, convert_imagefolder
+from tasks.evaluate.sets.convert.convert import (
+    class_names,
+    convert_captions,
+    convert_imagefolder,
+    dataset_sources,
+)
 from tasks.evaluate.sets.convert.shard_writer import (
     Found,
     Source,
@@ -30,7 +35,6 @@ from tasks.evaluate.sets.convert.shard_writer import (
     write_set,
 )
 from tasks.evaluate.sets.convert.source_images import image_source, walk_files
-from tasks.evaluate.sets.convert.torchvision_sets import class_names, dataset_sources
 from tasks.evaluate.sets.published_layout import open_set
 from tasks.evaluate.sets.set_registry import find_set
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tasks.evaluate.report.curves import read_curve
+from tasks.evaluate.report.charts import read_curve
 from tasks.evaluate.report.write_reports import write_reports
 from tests.tasks.evaluate.fixed_evaluation import fixed_evaluation
 

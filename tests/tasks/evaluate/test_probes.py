@@ -19,12 +19,12 @@ from evaclip_model.errors import InputError
 from tasks.evaluate.config import EvaluateConfig, ProbeConfig
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.evaluate.metrics.compute import compute_figures
-from tasks.evaluate.metrics.logistic_regression import solve_regression
 from tasks.evaluate.metrics.probes import (
     LabelledFeatures,
     answer_probes,
     choose_strength,
     neighbour_votes,
+    solve_regression,
 )
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.sets.convert.convert import Words, convert_imagefolder
@@ -62,8 +62,8 @@ def test_neither_order_nor_start_nor_portions_decide_the_solution(monkeypatch):
     first = solve_regression(data.values, data.labels, CLASSES, 1e-4)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
     far = replace(first, weights=first.weights + 5, bias=first.bias - 1)
-    monkeypatch.setattr("tasks.evaluate.metrics.logistic_regression._ROWS", 7)
-    monkeypatch.setattr("tasks.evaluate.metrics.logistic_regression._KEPT", 0)
+    monkeypatch.setattr("tasks.evaluate.metrics.probes._ROWS", 7)
+    monkeypatch.setattr("tasks.evaluate.metrics.probes._KEPT", 0)
     again = solve_regression(data.values[order], data.labels[order], CLASSES, 1e-4, start=far)
     scores = [one.compute_scores(data.values).softmax(dim=1) for one in (first, again)]
     assert torch.allclose(*scores, atol=1e-5)

@@ -19,8 +19,15 @@ from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.cost import image_flops
 from evaclip_model.zeroshot.exact_ranks import rank_targets
 from tasks.evaluate.paper.published import paper, rows_of
-from tasks.evaluate.report.charts import Bubble, ChartLine, bubble_chart, choose_ticks, line_chart
-from tasks.evaluate.report.curves import loss_chart, read_curve
+from tasks.evaluate.report.charts import (
+    Bubble,
+    ChartLine,
+    bubble_chart,
+    choose_ticks,
+    line_chart,
+    loss_chart,
+    read_curve,
+)
 from tasks.evaluate.report.examples import Amount, _draw_queries, make_thumbnail
 from tasks.evaluate.report.numbers import (
     format_interval,

@@ -18,9 +18,13 @@ from evaclip_model.reading.image_decoder import decode_image
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.report.examples import THUMBNAIL_PX
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.summary import average_interval, headline_tiles, summary_sentences
 from tasks.evaluate.report.tables import average_table, count_verdicts
-from tasks.evaluate.report.write_reports import write_reports
+from tasks.evaluate.report.write_reports import (
+    average_interval,
+    headline_tiles,
+    summary_sentences,
+    write_reports,
+)
 from tasks.evaluate.sets.set_registry import known_sets
 from tests.tasks.evaluate.made_up import made_up
 

@@ -12,8 +12,12 @@ import pytest
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.sets.convert.convert import Words, convert_torchvision
-from tasks.evaluate.sets.convert.torchvision_sets import open_torchvision, torchvision_names
+from tasks.evaluate.sets.convert.convert import (
+    Words,
+    convert_torchvision,
+    open_torchvision,
+    torchvision_names,
+)
 from tasks.evaluate.sets.published_layout import open_set
 from tasks.evaluate.sets.set_registry import find_set, known_sets
 from tests.evaclip_model.peer_torchvision import torchvision

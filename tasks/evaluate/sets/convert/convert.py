@@ -1,35 +1,48 @@
-"""Converters of images, videos, tables or a data set object into an evaluation set."""
+"""Converters of images, videos, tables or a data set object into an evaluation set.
+
+The paper's column VOC2007 is the boxes, "difficult" ones too: 14,976 of one class each.
+"""
 
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from PIL import Image
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
+from evaclip_model.reading.urls import read_text
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
 from evaclip_model.zeroshot.set_layout import is_system_file
+from tasks.encoders.torchvision_import import explain_import, import_torchvision
 from tasks.evaluate.sets.choice_questions import Question
 from tasks.evaluate.sets.class_order import ClassOrder, Words, order_classes
-from tasks.evaluate.sets.convert.caption_sets import captioned_sources
-from tasks.evaluate.sets.convert.choice_sets import choice_sources
+from tasks.evaluate.sets.convert.caption_sets import captioned_sources, choice_sources
 from tasks.evaluate.sets.convert.label_table import LabelTable, read_label_table
-from tasks.evaluate.sets.convert.shard_writer import Conversion, Source, write_set
+from tasks.evaluate.sets.convert.shard_writer import (
+    Conversion,
+    Found,
+    Source,
+    UnusableSourceError,
+    encode_png,
+    image_file,
+    write_set,
+)
 from tasks.evaluate.sets.convert.source_images import (
     class_folders,
     image_source,
     objectnet_classes,
+    path_inside,
     stamp_of,
     walk_files,
 )
-from tasks.evaluate.sets.convert.torchvision_sets import (
-    dataset_sources,
-    open_torchvision,
-    torchvision_names,
-    torchvision_set,
-)
 from tasks.evaluate.sets.convert.videos import find_videos
-from tasks.evaluate.sets.convert.voc import read_voc
-from tasks.evaluate.sets.set_registry import Kind, KnownSet, find_set
+from tasks.evaluate.sets.prompts import find_classnames
+from tasks.evaluate.sets.set_registry import Kind, KnownSet, TorchvisionSet, all_sets, find_set
 from tasks.progress import Report, report_nothing
 
 OBJECTNET, OBJECTNET_1000 = "objectnet", "objectnet-1000"
@@ -207,3 +220,155 @@ def _stamp_of_files(root: Path) -> str:
     """16 hex digits over all files below `root`, by size and time of change."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return _digest_lines(f"{path}\t{stamp_of(path)}" for path in files)
+
+
+Box = tuple[int, ...]
+"""Left, top, right and bottom in pixels."""
+_EDGES = ("xmin", "ymin", "xmax", "ymax")
+
+
+def read_voc(root: Path, whole: bool = False) -> LabelTable:
+    """Every annotated box of the test images of the VOC folder `root` (VOCdevkit/VOC2007), image
+    by image; or whole images with all their classes. Raises InputError: a list or an annotation is
+    missing or of another form."""
+    lists = (root / "ImageSets" / "Main").glob("*_test.txt")
+    classes = sorted(path.name.removesuffix("_test.txt") for path in lists)
+    if not classes:
+        raise InputError(
+            f"{root} has no ImageSets/Main/*_test.txt: expected a folder VOCdevkit/VOC2007 with "
+            "images, annotations and lists"
+        )
+    listing = root / "ImageSets" / "Main" / "test.txt"
+    try:
+        images = read_text(listing).split()
+    except FileNotFoundError:
+        raise InputError(f"{listing} is missing: expected the names of the images") from None
+    found = []
+    for image in images:
+        path = path_inside(root / "JPEGImages", f"{image}.jpg", "VOC's list of images")
+        boxes = _list_boxes(root / "Annotations" / f"{image}.xml", classes)
+        if whole:
+            found.append(image_source(path, tuple({word for word, _ in boxes})))
+            continue
+        for n, (word, box) in enumerate(boxes):
+            stamp = f"{stamp_of(path)} {box}"
+            found.append(Source(f"{image}[{n}]", partial(_cut_box, path, box), stamp, (word,)))
+    return LabelTable(found, classes, several=whole)
+
+
+def _list_boxes(path: Path, classes: list[str]) -> list[tuple[str, Box]]:
+    try:
+        found = [
+            (
+                entry.findtext("name", ""),
+                tuple(int(entry.findtext(f"bndbox/{edge}", "")) for edge in _EDGES),
+            )
+            for entry in ElementTree.parse(path).iterfind("object")
+        ]
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: expected the boxes of this image") from None
+    except (ElementTree.ParseError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not an annotation of VOC's form ({error})") from None
+    for word, _ in found:
+        if word not in classes:
+            raise InputError(f"{path}: class '{word}' is not one of {', '.join(classes)}")
+    return found
+
+
+def _cut_box(path: Path, box: Box) -> Found:
+    try:
+        image = decode_image(path.read_bytes())
+    except UnreadableImageError as error:
+        raise UnusableSourceError(f"is not an image: {error}") from None
+    left, top, right, bottom = box
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise UnusableSourceError(f"its box {box} is not inside the image")
+    return Found(encode_png(image.convert("RGB").crop((left, top, right, bottom))), "png")
+
+
+MapDataset = Sequence[tuple[Any, Any]]
+"""A torchvision data set: `dataset[i]` is (image, label), the image of Pillow or a file."""
+
+
+def torchvision_set(known: KnownSet) -> TorchvisionSet:
+    """The registry's entry of torchvision's set. Raises InputError: torchvision has none."""
+    if known.torchvision is None:
+        there = ", ".join(key for key, one in all_sets().items() if one.torchvision)
+        raise InputError(f"torchvision has no set '{known.key}'; it has {there}")
+    return known.torchvision
+
+
+def open_torchvision(
+    known: KnownSet, root: Path, download: bool = False, split: str = ""
+) -> MapDataset:
+    """torchvision's data set of a known set, in `root`; of a `split` that is not the one evaluated,
+    by torchvision's name. Raises InputError: torchvision has none, cannot be imported, has no such
+    split, or does not find its files."""
+    entry = torchvision_set(known)
+    with explain_import("torchvision", "the version that belongs to your torch"):
+        module = import_torchvision("datasets")
+    arguments: dict[str, Any] = dict(entry.arguments)
+    if split and "split" in arguments:
+        arguments["split"] = split
+    elif split in ("train", "test") and "train" in arguments:
+        arguments["train"] = split == "train"
+    elif split:
+        raise InputError(f"torchvision's {entry.dataset} has no split '{split}'")
+    if entry.reads_files:
+        arguments["loader"] = lambda path: Path(path).read_bytes()
+    if download:
+        if not entry.downloads:
+            raise InputError(
+                f"torchvision does not download '{known.key}': {known.obtain}; put it into {root}"
+            )
+        arguments["download"] = True
+    try:
+        dataset: MapDataset = getattr(module, entry.dataset)(root=str(root), **arguments)
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise InputError(f"torchvision's {entry.dataset} in {root}: {error}") from None
+    return dataset
+
+
+def torchvision_names(known: KnownSet, dataset: MapDataset) -> tuple[str, ...]:
+    """Class names of a known set, in the order of the labels that `dataset_sources` writes. Raises
+    InputError: their source is not installed, or the object has none."""
+    entry = torchvision_set(known)
+    if entry.names == "digits":
+        return tuple(map(str, range(10)))
+    if entry.names in ("openai", "clip_benchmark"):
+        return find_classnames(known.key, entry.names, known, Path())
+    return class_names(dataset, entry.names, entry.spaces)
+
+
+def class_names(
+    dataset: MapDataset, attribute: str = "classes", spaces: str = ""
+) -> tuple[str, ...]:
+    """Class names by this attribute of a data set object. Raises InputError: it has none."""
+    names: Sequence[Any] = getattr(dataset, attribute, ())
+    if not names:
+        kind = type(dataset).__name__
+        raise InputError(f"{kind} has no {attribute}: give a file with one class name a line")
+    table = str.maketrans(dict.fromkeys(spaces, " "))
+    return tuple(str(name).translate(table).strip() for name in names)
+
+
+def dataset_sources(
+    dataset: MapDataset, relabel: Sequence[int] = (), stamp: str = ""
+) -> list[Source]:
+    """Every sample of a data set object, whose label is `relabel[own label]` where that is given;
+    `stamp` changes with the object's files."""
+    name = type(dataset).__name__
+    return [
+        Source(f"{name}[{index}]", partial(_read_sample, dataset, index, tuple(relabel)), stamp)
+        for index in range(len(dataset))
+    ]
+
+
+def _read_sample(dataset: MapDataset, index: int, relabel: tuple[int, ...]) -> Found:
+    image, label = dataset[index]
+    if label is None:
+        raise UnusableSourceError("has no label")
+    number = relabel[int(label)] if relabel else int(label)
+    if isinstance(image, Image.Image):
+        return Found(encode_png(image), "png", number)
+    return replace(image_file(image), answer=number)
