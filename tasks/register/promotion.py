@@ -85,7 +85,15 @@ def require_champion(store: TrackingStore, name: str, alias: str) -> Standing | 
         last = _find_last_holder(client, name, alias)
         if last is None:
             _refuse_renamed(client, name)
-            return None
+            if (model_id := _find_model_in_use(client, name, alias)) is None:
+                return None
+            raise InputError(
+                f"no version of '{name}' is {alias}, but the logged model {model_id} was, until "
+                f"somebody deleted '{name}' in the registry: register it again with `mlflow."
+                f"register_model('models:/{model_id}', '{name}')` and give it the alias with "
+                f"`python -m flows promote {name}/VERSION`, or begin anew under another "
+                "register.model_name"
+            )
         is_there = find_answer(client.get_model_version, name, str(last)) is not None
     gone, back = "the alias", f"give it back with `python -m flows promote {name}/{last}`"
     if not is_there:
@@ -198,7 +206,9 @@ def waits_for(
         if declined or any(move.version == version for move in moves):
             return Waiting.NOTHING
         holder = _find_holder(client, name, alias)
-        if holder is None and _find_last_holder(client, name, alias):
+        if holder is None and (
+            _find_last_holder(client, name, alias) or _find_model_in_use(client, name, alias)
+        ):
             return Waiting.STALE  # somebody took the alias away: nothing was compared with its last
     return Waiting.DUE if holder in (decision.champion, version) else Waiting.STALE
 
@@ -265,6 +275,20 @@ def _find_last_holder(client: MlflowClient, name: str, alias: str) -> int | None
     return int(last) if last and last.isdecimal() else None
 
 
+def _find_model_in_use(client: MlflowClient, name: str, alias: str) -> str | None:
+    """The newest logged model of which a version got the alias: it outlives a registered model that
+    is deleted whole. None where none did."""
+    found = _find_logged_models(client, f"{HISTORY_TAG}.{alias}", name)
+    return found[0] if found else None
+
+
+def _find_logged_models(client: MlflowClient, tag: str, value: str) -> list[str]:
+    """Ids of those with a tag, of every experiment, the newest first."""
+    experiments = [one.experiment_id for one in read_all_pages(client.search_experiments)]
+    found = client.search_logged_models(experiments, f"tags.`{tag}` = '{value}'")
+    return [one.model_id for one in found]
+
+
 def _search_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     return read_all_pages(client.search_model_versions, f"name = '{name}'")
 
@@ -309,3 +333,6 @@ def _write_down(
     # A version that is deleted takes its tags along; the model keeps which one was in use.
     client.set_registered_model_tag(name, f"{HISTORY_TAG}.{alias}", str(version))
     client.set_registered_model_tag(name, NAME_TAG, name)
+    if weights := client.get_model_version(name, str(version)).tags.get(WEIGHTS_TAG):
+        for logged in _find_logged_models(client, WEIGHTS_TAG, weights):
+            client.set_logged_model_tags(logged, {f"{HISTORY_TAG}.{alias}": name})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlflow
 import pytest
 from hypothesis import given, strategies as some
 from mlflow import MlflowClient
@@ -32,6 +33,7 @@ from tasks.register.promotion import (
 )
 from tasks.register.pull_model import pull_model
 from tasks.tracking import TrackingStore
+from tests.tasks.register.registrations import register_random_model
 
 TAG = f"{HISTORY_TAG}.champion."
 CONFIG = RegisterConfig(model_name="clip")
@@ -257,6 +259,29 @@ def test_a_model_that_somebody_renamed_is_said_so_and_nothing_is_first_again(
     champion = require_champion(store, "clip", "champion")
     assert champion is not None and champion.version == 1
     assert len(history(store, "clip", "champion")) == 1
+
+
+def test_a_model_that_somebody_deleted_whole_is_not_begun_anew_without_comparison(
+    store: TrackingStore, tmp_path: Path
+) -> None:
+    registered = register_random_model(store, tmp_path, "whole")
+    client = store.client()
+    source = client.get_model_version("whole", str(registered.counts["version"])).source
+    model_id = Path(source).parent.name
+    client.delete_registered_model("whole")
+    with pytest.raises(InputError, match=rf"{model_id} was, until somebody deleted 'whole'"):
+        require_champion(store, "whole", "champion")
+    assert require_champion(store, "whole", "another") is None
+    client.create_registered_model("whole")
+    client.create_model_version("whole", "file:///nothing")
+    config = RegisterConfig(model_name="whole")
+    assert not carry_out(store, config, 1, FIRST), "it was compared with nothing"
+    mlflow.set_tracking_uri(store.uri)  # what the sentence says
+    again = mlflow.register_model(f"models:/{model_id}", "whole")
+    assert promote_version(store, "whole", "champion", int(again.version), "command", "me", "back")
+    found = require_champion(store, "whole", "champion")
+    assert found is not None and found.version == 2
+    pull_model(store.uri, "whole@champion", tmp_path / "pulled")
 
 
 def test_a_version_of_another_tool_is_described_and_not_pulled(
