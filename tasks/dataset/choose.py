@@ -10,12 +10,9 @@ so that none of them brings back a copy that was left out beside the sample that
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +165,15 @@ def choose_samples(
     if outside.drop_uids:
         listed = find_listed(index, read_uids(outside.drop_uids))
         choice.leave_out(listed, LeftOutReason.LISTED)
-    repeated = _find_later(*index.find_repeated(Kind.UID), choice)
-    choice.leave_out(repeated, LeftOutReason.REPEATED_UID)
-    if config.exact_duplicates == "drop":
-        repeated = _find_later(*index.find_repeated(Kind.HASH), choice)
-        choice.leave_out(repeated, LeftOutReason.EXACT_DUPLICATE)
+    repeated = [(Kind.UID, LeftOutReason.REPEATED_UID)]
+    if config.exact_duplicates == "drop":  # the same image, as downloaded or as stored
+        repeated.append((Kind.HASH, LeftOutReason.EXACT_DUPLICATE))
+    for kind, reason in repeated:
+        rows, groups = index.find_repeated(kind)
+        stays = ~choice.left_out[rows]
+        choice.leave_out(_find_later(rows[stays], groups[stays]), reason)
     if config.near_duplicates == "drop":
-        alike = _later_looks(looks, config.max_distance, choice)
+        alike = _later_looks(looks, config.max_distance, np.flatnonzero(~choice.left_out))
         choice.leave_out(alike, LeftOutReason.NEAR_DUPLICATE)
     return choice
 
@@ -260,43 +259,33 @@ def _go_through(
     return looks
 
 
-def _find_later(rows: Ints, groups: Ints, choice: Choice) -> Rows:
-    """Rows that share a group with an earlier row that stays; `rows` ascend, each as often as it
-    has groups (its image as downloaded and as stored). A row that goes takes no group, so a chain
-    a-b-c of which b goes leaves c in."""
-    taken: set[int] = set()
-    later = []
-    stays = ~choice.left_out[rows]
-    pairs = zip(rows[stays].tolist(), groups[stays].tolist(), strict=True)
-    for row, group in groupby(pairs, key=itemgetter(0)):
-        mine = [number for _, number in group]
-        if taken.isdisjoint(mine):
-            taken.update(mine)
-        else:
-            later.append(row)
-    return np.array(later, dtype=np.int64)
+def _find_later(rows: Ints, groups: Ints) -> Rows:
+    """Rows, ascending, that share a group with an earlier row that stays; `rows` ascend, each as
+    often as it has groups. A row that goes takes no group, so a chain a-b-c of which b goes leaves
+    c in. Each round settles all rows that nothing unsettled stands before."""
+    later = [np.empty(0, dtype=np.int64)]
+    while len(rows):
+        first = np.zeros(groups.max() + 1, dtype=np.int64)
+        first[groups[::-1]] = rows[::-1]  # the earliest is written last
+        waits = np.isin(rows, rows[first[groups] != rows])
+        taken = np.zeros(len(first), dtype=np.bool_)
+        taken[groups[~waits]] = True
+        goes = np.isin(rows, rows[waits & taken[groups]])
+        later.append(np.unique(rows[goes]))
+        rows, groups = rows[waits & ~goes], groups[waits & ~goes]
+    return np.sort(np.concatenate(later))
 
 
-def _later_looks(looks: Hashes, most: int, choice: Choice) -> Rows:
-    """Rows that look like an earlier row that stays. Only distinct hashes are paired, because equal
-    ones would all be paired with each other; a hash that several rows have is near to itself."""
-    candidates = np.flatnonzero(~choice.left_out)
-    hashes, inverse, counts = np.unique(looks[candidates], return_inverse=True, return_counts=True)
-    neighbours: defaultdict[int, list[int]] = defaultdict(list)
-    for left, right in near_pairs(hashes, most).tolist():
-        neighbours[left].append(right)
-        neighbours[right].append(left)
-    alike = counts > 1
-    alike[list(neighbours)] = True
-    later = []
-    taken: set[int] = set()
-    places = np.flatnonzero(alike[inverse])
-    for place, look in zip(places.tolist(), inverse[places].tolist(), strict=True):
-        if look in taken or not taken.isdisjoint(neighbours.get(look, ())):
-            later.append(place)
-        else:
-            taken.add(look)
-    return candidates[np.array(later, dtype=np.int64)]
+def _later_looks(looks: Hashes, most: int, candidates: Rows) -> Rows:
+    """Rows of `candidates` (ascending) that look like an earlier one that stays. Only distinct
+    hashes are paired, because equal ones would all be paired with each other."""
+    hashes, first, same = np.unique(looks[candidates], return_index=True, return_inverse=True)
+    pairs = first[near_pairs(hashes, most)]
+    order = np.argsort(pairs, axis=None)
+    goes = first[same] != np.arange(len(candidates))  # behind one that looks the same
+    goes[_find_later(pairs.ravel()[order], order // 2)] = True
+    later: Rows = candidates[goes]
+    return later
 
 
 def _rows_of(found: Iterable[Mapping[str, Any]]) -> Rows:
