@@ -114,7 +114,7 @@ def test_prefect_neither_repeats_flows_and_steps_nor_pickles_their_results() -> 
 def test_a_run_from_a_terminal_is_not_taken_for_dead_by_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.graph.ephemeral_server import temporary_server
+    from flows.commands.run import temporary_server
 
     environment = {"PATH": os.environ["PATH"], "PREFECT_API_URL": "http://127.0.0.1:9/api"}
     monkeypatch.setattr(os, "environ", environment)

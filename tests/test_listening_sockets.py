@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.graph.ephemeral_server import temporary_server
+from flows.commands.run import temporary_server
 from tests.listening import LOOPBACK, listening_addresses
 from tests.tasks.train.conftest import data  # noqa: F401 (a fixture)
 from tests.tasks.train.stage import train

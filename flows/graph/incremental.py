@@ -8,7 +8,7 @@ attempts that were held, and the new ones; the parts that a rejected or rolled b
 set aside. A finished merge or adoption that no attempt has used yet waits: for its download, if a
 run was killed, or for more rows.
 
-Not here: making anything (flows/retrain.py), deciding (tasks/register/gate.py).
+Not here: making anything (flows/pipeline.py), deciding (tasks/register/gate.py).
 """
 
 from collections import defaultdict

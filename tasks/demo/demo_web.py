@@ -21,8 +21,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from evaclip_model.errors import InputError
-from tasks.demo.concepts import ARTISTS, read_drawings
 from tasks.demo.config import DemoConfig
+from tasks.demo.world import ARTISTS, read_drawings
 from tasks.process.child import start_supervised
 
 HOST = "127.0.0.1"

@@ -1,6 +1,6 @@
 """Download the images of a merge into shards, once each, whatever interrupts it. Not here: how a
-URL is fetched (fetch.py), what a whole shard is (check_shards.py), which rows another pass tries
-(retry_passes.py), when to stop early (watch_progress.py).
+URL is fetched (fetch.py), what a whole shard is, which rows another pass tries (check_shards.py),
+when to stop early (watch_progress.py).
 
     out/shards            the first pass: every row
     out/pass-N/rows       rows whose failure may pass, from the pass before
@@ -27,12 +27,20 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.samples import BrokenShard
 from tasks.artifacts.artifact import Made
-from tasks.download import retry_passes
-from tasks.download.check_shards import FinishedShard, Ledger, remove_shard, shard_files
+from tasks.download.check_shards import (
+    FinishedShard,
+    Ledger,
+    remove_shard,
+    rows_to_retry,
+    shard_files,
+    silent_hosts,
+    sum_of,
+    total_outcomes,
+    write_rows_to_retry,
+)
 from tasks.download.config import Crew, DownloadConfig, require_distributor
 from tasks.download.download_worker import WorkerJob, open_files_needed
 from tasks.download.fetch_outcome import Outcome
-from tasks.download.retry_passes import silent_hosts
 from tasks.download.url_tables import (
     CAPTION_COLUMN,
     URL_COLUMN,
@@ -87,7 +95,7 @@ def download_images(
     _judge_success(config, first, done[0])
     columns = (*plan.extra_columns, CAPTION_COLUMN, URL_COLUMN)
     for number in range(2, config.passes + 1):
-        if not retry_passes.rows_to_retry(done[-1]):
+        if not rows_to_retry(done[-1]):
             break
         folder = _pass_folder(out, number)
         rows = folder / ROWS_FOLDER
@@ -95,9 +103,7 @@ def download_images(
             asked_s = max(shard.retry_after_s for shard in done[-1])
             _wait_before_pass(min(config.politeness.pass_wait_s, asked_s), plan.rows, report)
             folder.mkdir(exist_ok=True)
-            retry_passes.write_rows_to_retry(
-                done[-1], last.shards, columns, rows, config.samples_per_shard
-            )
+            write_rows_to_retry(done[-1], last.shards, columns, rows, config.samples_per_shard)
         again = plan_download(rows, config, last.plan.shards[-1].number + 1)
         rows_before = sum(shard.planned.rows for finished in done for shard in finished)
         last = _Pass(number, order, again, rows_before, first)
@@ -205,7 +211,7 @@ class _Pass:
             and (shard.planned not in whole_before or not self._first)
             and (shard.planned.rows >= SPOILED_ROWS or self._first)
         ]
-        problem = self._network_down(retry_passes.sum_of(lost)) if lost else None
+        problem = self._network_down(sum_of(lost)) if lost else None
         if problem is not None:
             for shard in lost:
                 remove_shard(self.shards, shard.planned)
@@ -341,7 +347,7 @@ def _lay_out_inputs(folder: Path, plan: Plan, order: _Order) -> WorkerJob:
 
 def _judge_success(config: DownloadConfig, first: _Pass, finished: Sequence[FinishedShard]) -> None:
     """Refuse a systematic failure, and forget the shards that it spoiled: they are redone."""
-    outcomes = retry_passes.sum_of(finished)
+    outcomes = sum_of(finished)
     if outcomes[Outcome.SUCCESS] >= outcomes.total() * config.min_success_rate:
         return
     for shard in finished:
@@ -351,7 +357,7 @@ def _judge_success(config: DownloadConfig, first: _Pass, finished: Sequence[Fini
 
 
 def _describe_made(out: Path, plan: Plan, done: Sequence[Sequence[FinishedShard]]) -> Made:
-    by_source = retry_passes.total_outcomes(done)
+    by_source = total_outcomes(done)
     total = sum(by_source.values(), Counter[Outcome]())
     if total.total() != plan.rows:
         raise RuntimeError(

@@ -1,7 +1,7 @@
 """Merge metadata collections: filter, normalise, deduplicate, select, write; and count.
 
 Not here: looking at the files first (merge_plan.py), one phase's units (units.py), the rules
-(filters.py, sql/), another engine (spark.py).
+(filters.py, sql/).
 
 Memory depends on the size of a partition, never on the number of rows:
 
@@ -23,10 +23,14 @@ until there are 2,048 partitions (half a billion rows), then a 2,048th of all.
 """
 
 import json
+import os
 import shutil
+import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -42,7 +46,6 @@ from tasks.merge.filters import REASONS, UNREADABLE_LINE
 from tasks.merge.merge_plan import Files, MergePlan, SelectionCut, make_plan, read_cuts, rows_in
 from tasks.merge.metadata_files import file_identity, mark_of
 from tasks.merge.shuffle import BUCKET_BITS, LAYOUT
-from tasks.merge.spark import spark_runner
 from tasks.merge.units import (
     FINDINGS,
     PHASES,
@@ -56,6 +59,7 @@ from tasks.merge.units import (
     run_chunk,
 )
 from tasks.progress import Report, report_nothing
+from tasks.spark_session import spark_builder
 
 Runner = Callable[[Sequence[Chunk]], Iterator[int]]
 """Does the chunks of one phase, here or elsewhere; yields the number of every unit that is done."""
@@ -357,3 +361,43 @@ def _flat_counts(totals: Mapping[str, Any]) -> dict[str, int]:
         counts |= {f"balance.{name}": n for name, n in found.items() if isinstance(n, int)}
         counts |= {f"balance.kept_at.{one['t']}": one["rows"] for one in found["kept_at"]}
     return counts
+
+
+@contextmanager
+def spark_runner() -> Iterator[Callable[[Sequence[Chunk]], Iterator[int]]]:
+    """The `Runner` of a Spark session that lasts as long as the context."""
+    try:
+        from pyspark.errors import PySparkException
+
+        building = spark_builder("evaclip merge")
+    except ImportError as error:
+        raise InputError(
+            "engine = 'spark' needs pyspark and Java 17: pip install 'evaclip[spark]'"
+        ) from error
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    root = str(Path(__file__).parents[2])
+    try:
+        session = building.config("spark.executorEnv.PYTHONPATH", root).getOrCreate()
+    except (PySparkException, OSError) as error:
+        raise InputError(
+            f"Spark does not start ({_find_cause(error)}): it needs Java 17, as JAVA_HOME or `java`"
+        ) from error
+    try:
+        yield partial(_run_chunks, session.sparkContext)
+    except PySparkException as error:
+        raise InputError(f"Spark gave up: {_find_cause(error)}") from error
+    finally:
+        session.stop()
+
+
+def _run_chunks(context: Any, chunks: Sequence[Chunk]) -> Iterator[int]:
+    """Every chunk is a task of its own, which Spark tries again elsewhere when its worker dies."""
+    if chunks:
+        yield from context.parallelize(chunks, len(chunks)).flatMap(run_chunk).collect()
+
+
+def _find_cause(error: Exception) -> str:
+    """The last line of an error that says something: workers' errors come with their traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    ours = [line for line in lines if "InputError" in line]
+    return (ours or lines or [type(error).__name__])[-1].rpartition("InputError: ")[2][:300]

@@ -1,33 +1,64 @@
-"""Verify every shard of a download, continuing where a killed run stopped, and index every sample.
+"""Verify every shard of a download, continuing where a killed run stopped, and index every sample:
+read every sample, decode every image, keep what is found as a table a shard.
 
-Not here: what is checked in a shard (verify_shard.py); what training reads of them (tasks/dataset).
+`python -m tasks.verify.verify JOB.json` does so for many shards, in a process of its own: decoding
+holds Python's lock for a good part of its time, and a pool started inside a flow would outlive the
+flow's being killed. Not here: what training reads of them, comparing samples of different shards
+(tasks/dataset).
 """
 
+import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evaclip_model.config import Config
 from evaclip_model.errors import InputError, escape_control
-from evaclip_model.files import write_atomically
-from tasks.artifacts.artifact import Made, read_bulk
-from tasks.index.adopted_shards import ADOPTED, AdoptedShard, read_adopted, sizes_and_marks
+from evaclip_model.files import replace_file, write_atomically
+from evaclip_model.reading.image_decoder import (
+    DamagedImageError,
+    TooCostlyImageError,
+    TooManyPixelsError,
+    decode_undamaged_image,
+)
+from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
+from tasks.artifacts.artifact import Made, read_bulk, sha256_of
+from tasks.index.adopted_shards import (
+    ADOPTED,
+    AdoptedShard,
+    on_this_machine,
+    read_adopted,
+    sizes_and_marks,
+)
+from tasks.index.perceptual_hash import grey_of, hashes_of
 from tasks.index.sample_index import (
     CHECKED,
+    COLUMNS,
     INDEX,
     ShardVerdict,
     read_verdicts,
     relative_path,
+    without_scheme,
     write_index,
     write_verdicts,
 )
 from tasks.process.child import refuse_full_disk, run_supervised
 from tasks.progress import Report
 from tasks.verify.config import VerifyConfig
-from tasks.verify.verify_shard import ShardJob, VerifyJob, read_verdict
 
 REPORT = "report.json"
 TABLES = ".tables"
@@ -35,6 +66,25 @@ TABLES = ".tables"
 LOG = "verify.log"
 GRACE_S = 2.0
 POLL_S = 0.2
+_VERDICT = b"verdict"
+
+
+class ShardJob(Config):
+    """One shard to verify."""
+
+    location: str
+    """Path or URL; our downloader's table and statistics lie beside it or not at all."""
+    size: int | None
+    """Bytes that it should have; None if unknown."""
+    path: str
+    """What the verdict calls it."""
+    target: Path
+    """A parquet file: a row a sample (the columns of the index), the verdict in its metadata."""
+    source: str | None
+    """The recipe's name for the collection, if somebody else made the shard: its samples' source,
+    whatever their records say, and no share of bad samples is too large. None: ours."""
+    name: str
+    """Of the shard, unique in its source."""
 
 
 def verify_shards(
@@ -135,7 +185,7 @@ def _verify_missing(
     path, log = out / "job.json", out / LOG
     write_atomically(path, job.model_dump_json())
     status = run_supervised(
-        [sys.executable, "-m", "tasks.verify.verify_shard", str(path)],
+        [sys.executable, "-m", "tasks.verify.verify", str(path)],
         log=log,
         grace_s=GRACE_S,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -163,3 +213,226 @@ def _count_verdicts(verdicts: Sequence[ShardVerdict]) -> dict[str, int | float]:
         "bytes": sum(verdict.shard.bytes for verdict in usable if verdict.shard),
     }
     return counts | {f"bad.{flaw}": flaws[flaw] for flaw in sorted(flaws)}
+
+
+class Flaw(StrEnum):
+    """A reason why a sample cannot be trained on, apart from `MemberFlaw`."""
+
+    UNDECODABLE = "undecodable"
+    TOO_SMALL = "too_small"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_COSTLY = "too_costly"
+    """Decoding takes more CPU time than an honest image of its size."""
+    DAMAGED = "damaged"
+    """A JPEG whose lost content libjpeg fills by guesses."""
+    EMPTY_CAPTION = "empty_caption"
+    REPEATED_UID = "repeated_uid"
+
+
+_FLAWS: dict[type[Exception], Flaw] = {
+    TooManyPixelsError: Flaw.TOO_MANY_PIXELS,
+    TooCostlyImageError: Flaw.TOO_COSTLY,
+    DamagedImageError: Flaw.DAMAGED,
+}
+"""What decoding raised, else `UNDECODABLE`."""
+
+
+def verify_shard(tar: Path, job: ShardJob, config: VerifyConfig) -> None:
+    """Read `tar`, the file of a job, to its end and write what was found to the job's target."""
+    seen = _Seen(config, job)
+    left_out = None
+    try:
+        for sample in read_samples(tar):
+            seen.look_at(sample)
+        if job.size is not None and tar.stat().st_size != job.size:
+            left_out = f"it has {tar.stat().st_size} bytes, but {job.size} when it was listed"
+        elif job.source is None:
+            left_out = _why_not_as_recorded(tar, seen)
+        left_out = left_out or _why_left_out(seen, config)
+    except BrokenShard as problem:
+        left_out = str(problem)
+    except MemoryError:
+        raise
+    except Exception as problem:  # whatever a stranger's bytes cause is the verdict on them
+        left_out = f"it cannot be read ({type(problem).__name__}: {problem})"
+    shard = None
+    if left_out is None:
+        (source,) = seen.named_sources
+        shard = Shard(
+            path=job.path,
+            source=source,
+            samples=seen.samples,
+            bytes=tar.stat().st_size,
+            sha256=sha256_of(tar),
+        )
+    verdict = ShardVerdict(
+        path=job.path, stored=seen.samples, shard=shard, flaws=dict(seen.flaws), left_out=left_out
+    )
+    table = seen.to_table().replace_schema_metadata({_VERDICT: verdict.model_dump_json()})
+    with replace_file(job.target) as beside:
+        pq.write_table(table, beside, compression="zstd")
+
+
+def read_verdict(target: Path) -> ShardVerdict:
+    metadata = pq.read_metadata(target).metadata
+    return ShardVerdict.from_mapping(json.loads(metadata[_VERDICT]), where=str(target))
+
+
+@dataclass
+class _Seen:
+    config: VerifyConfig
+    job: ShardJob
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    greys: list[npt.NDArray[np.uint8]] = field(default_factory=list)
+    uids: set[str] = field(default_factory=set)
+    sources: set[str] = field(default_factory=set)
+    flaws: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def samples(self) -> int:
+        return len(self.rows)
+
+    @property
+    def named_sources(self) -> set[str]:
+        """Sources that the records name; a sample without a record has its neighbours'."""
+        return self.sources - {""} or {""}
+
+    def look_at(self, sample: Sample) -> None:
+        """Note what a sample is; whatever it holds, it costs nothing but itself."""
+        grey: npt.NDArray[np.uint8] | None = None
+        flaw: str | None = sample.flaw
+        if sample.image or flaw is None:
+            grey, problem = _decode_image(sample.image, self.config)
+            flaw = flaw or problem
+        if flaw is None and not sample.caption.strip():
+            flaw = Flaw.EMPTY_CAPTION
+        row = self._identity(sample)
+        if row["uid"] in self.uids:
+            flaw = Flaw.REPEATED_UID
+        if flaw is not None:
+            self.flaws[str(flaw)] += 1
+        if grey is not None:
+            self.greys.append(grey)
+        self.uids.add(row["uid"])
+        self.sources.add(row["source"])
+        self.rows.append({**row, "phash": None if grey is None else 0, "flaw": flaw})
+
+    def _identity(self, sample: Sample) -> dict[str, Any]:
+        record = sample.record
+        url = _text_field(record, "url")
+        source = self.job.source if self.job.source is not None else _text_field(record, "source")
+        identity = f"{source}\n{self.job.name}\n{sample.key}"
+        if url is not None:  # as a merge would name the row
+            identity = f"{without_scheme(url)}\n{sample.caption}"
+        md5 = _text_field(record, "md5")
+        return {
+            "key": _writable(sample.key),
+            "uid": _text_field(record, "uid") or _md5(identity.encode(errors="replace")),
+            "source": source or "",
+            "original_id": _text_field(record, "original_id"),
+            "url": url,
+            "sha256": _text_field(record, "sha256"),
+            "stored_sha256": hashlib.sha256(sample.image).hexdigest() if sample.image else None,
+            "md5": md5 or (_md5(sample.image) if sample.image else None),
+        }
+
+    def to_table(self) -> pa.Table:
+        """A row a sample, with the perceptual hashes of all that could be decoded."""
+        table = pa.Table.from_pylist(self.rows, schema=COLUMNS)
+        decoded = table["phash"].is_valid().to_numpy()
+        hashes = np.zeros(self.samples, dtype=np.uint64)
+        if self.greys:
+            hashes[decoded] = hashes_of(np.stack(self.greys))
+        place = COLUMNS.get_field_index("phash")
+        return table.set_column(place, COLUMNS.field(place), pa.array(hashes, mask=~decoded))
+
+
+def _decode_image(
+    encoded: bytes | memoryview, config: VerifyConfig
+) -> tuple[npt.NDArray[np.uint8] | None, Flaw | None]:
+    """The image small and grey, when it can be decoded, and what is wrong with it, if anything."""
+    try:
+        image = decode_undamaged_image(encoded, config.max_pixels).image
+        grey = grey_of(image.convert("RGB"))
+    except Exception as error:  # converting meets what decoding passed over
+        return None, _FLAWS.get(type(error), Flaw.UNDECODABLE)
+    return grey, Flaw.TOO_SMALL if min(image.size) < config.min_image_px else None
+
+
+def _why_left_out(seen: _Seen, config: VerifyConfig) -> str | None:
+    samples, bad = seen.samples, seen.flaws.total()
+    if samples == 0:
+        return "it holds no samples"
+    if len(seen.named_sources) > 1:
+        return f"it mixes the sources {', '.join(sorted(seen.named_sources))}"
+    if bad == samples:
+        return f"all of its {samples} samples are bad ({_said(seen.flaws)})"
+    if seen.job.source is None and bad > samples * config.max_bad_share:
+        return f"{bad} of its {samples} samples are bad ({_said(seen.flaws)})"
+    return None
+
+
+def _said(flaws: Counter[str]) -> str:
+    return ", ".join(f"{count} {flaw}" for flaw, count in flaws.most_common())
+
+
+def _why_not_as_recorded(tar: Path, seen: _Seen) -> str | None:
+    """The reason why the tar does not hold the samples that were recorded; None if it does.
+
+    A tar without table and statistics was not made by img2dataset, and stands for itself.
+    """
+    statistics, table = tar.with_name(f"{tar.stem}_stats.json"), tar.with_suffix(".parquet")
+    if not statistics.exists() and not table.exists():
+        return None
+    try:
+        stated = json.loads(statistics.read_text())["successes"]
+        rows = pq.read_table(table, columns=["key", "status"]).to_pydict()
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+        return f"its table or statistics cannot be read ({error})"
+    pairs = zip(rows["key"], rows["status"], strict=True)
+    successes = {key for key, status in pairs if status == "success"}
+    keys = {row["key"] for row in seen.rows}
+    if not stated == len(successes) == seen.samples or keys != successes:
+        return (
+            f"its statistics count {stated} samples, its table {len(successes)}, and the tar holds "
+            f"{seen.samples}, {len(keys & successes)} of them the table's"
+        )
+    return None
+
+
+def _text_field(record: Mapping[str, Any], name: str) -> str | None:
+    value = record.get(name)
+    return None if value in (None, "") else _writable(str(value))
+
+
+def _writable(text: str) -> str:
+    """The text without halves of characters, which no file of text can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _md5(content: bytes | memoryview) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+class VerifyJob(Config):
+    config: VerifyConfig
+    shards: tuple[ShardJob, ...]
+    processes: int
+
+
+def main(job: VerifyJob) -> None:
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(job.processes, mp_context=context) as pool:
+        begun = [pool.submit(_verify_one, job.config, one) for one in job.shards]
+        for shard in as_completed(begun):
+            shard.result()
+
+
+def _verify_one(config: VerifyConfig, shard: ShardJob) -> None:
+    with on_this_machine(shard.location, shard.target.parent) as tar:
+        verify_shard(tar, shard, config)
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    main(VerifyJob.from_mapping(json.loads(where.read_text()), where=str(where)))

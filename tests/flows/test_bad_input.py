@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.__main__ import main
-from flows.graph.ephemeral_server import temporary_server
+from flows.commands.run import temporary_server
 from tests.flows.command import CHECKOUT, Demo, environment, run, small_demo
 
 ROWS = {"URL": ["http://127.0.0.1/a.png"], "TEXT": ["a red apple"]}

@@ -15,9 +15,15 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tasks.dataset import semantic
-from tasks.dataset.angles import are_within, bound_guests, cosine_of, find_cells, find_outranked
 from tasks.dataset.config import Seen
-from tasks.dataset.semantic import find_near
+from tasks.dataset.semantic import (
+    are_within,
+    bound_guests,
+    cosine_of,
+    find_cells,
+    find_near,
+    find_outranked,
+)
 from tasks.progress import report_nothing
 
 PER_SHARD = 50

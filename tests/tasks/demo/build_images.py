@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tasks.demo.concepts import ARTISTS, CONCEPTS_FILE, DATA, Artist, Concept, artist_zip
+from tasks.demo.world import ARTISTS, CONCEPTS_FILE, DATA, Artist, Concept, artist_zip
 
 IMAGE_PX = 64
 WEBP_QUALITY = 85

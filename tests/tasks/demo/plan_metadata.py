@@ -23,8 +23,8 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.demo.concepts import DATA, Concept, read_concepts
 from tasks.demo.config import DemoConfig
+from tasks.demo.world import DATA, Concept, read_concepts
 
 Source = Literal["laion2b", "coyo700m"]
 ARTIST_OF: dict[Source, Literal["noto", "fluent"]] = {"laion2b": "noto", "coyo700m": "fluent"}

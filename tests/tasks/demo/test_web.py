@@ -16,9 +16,9 @@ from urllib.request import urlopen
 import pytest
 
 from evaclip_model.errors import InputError
-from tasks.demo.concepts import read_concepts, read_drawings
 from tasks.demo.config import DemoConfig
 from tasks.demo.demo_web import Web, read_web, serve_pictures, split_path
+from tasks.demo.world import read_concepts, read_drawings
 from tests.tasks.demo.plan_metadata import WORKING, plan_rows
 
 KEY = "1f34e"

@@ -8,9 +8,15 @@ from PIL import Image
 
 from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import Address, produce_artifact, sha256_of
-from tasks.demo.concepts import ARTISTS, CONCEPTS_FILE, artist_zip, read_concepts, read_drawings
 from tasks.demo.config import STAGE, DemoConfig
-from tasks.demo.world import make_demo
+from tasks.demo.world import (
+    ARTISTS,
+    CONCEPTS_FILE,
+    artist_zip,
+    make_demo,
+    read_concepts,
+    read_drawings,
+)
 
 CONCEPTS = read_concepts()
 

@@ -108,7 +108,7 @@ def test_spark_gives_the_same_rows_in_the_same_files_as_duckdb(
 
 def test_without_java_or_pyspark_the_need_is_one_sentence(tmp_path: Path) -> None:
     # a process of its own: a Java that is running already would be used
-    program = "from tasks.merge.spark import spark_runner\nwith spark_runner(): pass"
+    program = "from tasks.merge.merge import spark_runner\nwith spark_runner(): pass"
     environment = {**os.environ, "PATH": str(tmp_path), "JAVA_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program],
