@@ -11,9 +11,9 @@ from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
 from flows.audit.dataset_replacement import describe_replacement, describe_unmatched, take_down
-from flows.config.form_types import Overrides, RecipeName
 from flows.config.profile import load_profile
 from flows.config.recipe import Recipe
+from flows.config.recipe_loader import Overrides, RecipeName
 from flows.graph import incremental
 from flows.graph.graph import Graph, data_steps, load_graph, verify_step
 from flows.graph.incremental import News, of_kind, rows_of

@@ -7,8 +7,8 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
-from flows.config.form_types import Overrides
 from flows.config.profile import load_profile
+from flows.config.recipe_loader import Overrides
 from flows.graph.outside_data import fetch_models
 from flows.graph.runner import Session, track_run
 from flows.graph.score_request import read_asked

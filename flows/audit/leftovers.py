@@ -22,8 +22,15 @@ from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from flows.config.profile import Profile
 from flows.graph.outside_data import hash_marks
 from tasks.adopt.config import STAGE as ADOPT
-from tasks.artifacts.artifact import MANIFEST, PRUNED, ROOT_LOCK, Artifact, Role, read_artifacts
-from tasks.artifacts.provenance import walk_up
+from tasks.artifacts.artifact import (
+    MANIFEST,
+    PRUNED,
+    ROOT_LOCK,
+    Artifact,
+    Role,
+    read_artifacts,
+    walk_up,
+)
 from tasks.dataset.config import STAGE as DATASET
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.embed.config import STAGE as EMBED

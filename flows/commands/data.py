@@ -1,5 +1,5 @@
 """Commands about data: `trace`, `lineage`, `takedown`, `prune`, `sources inspect`. Not here: the
-answers (flows/audit/sample_trace.py, flows/audit/lineage_tree.py,
+answers (flows/audit/sample_trace.py, flows/graph/ancestry.py,
 flows/audit/dataset_replacement.py, flows/audit/leftovers.py, tasks/merge/inspect_metadata.py)."""
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def lineage(
     elif svg is not None:
         raise InputError("--svg draws a model: name it as NAME@ALIAS or NAME/VERSION")
     else:
-        from flows.audit.lineage_tree import data_trees
+        from flows.graph.ancestry import data_trees
 
         lines = data_trees(profile, what)
     console.print("\n".join(lines), soft_wrap=True)
@@ -178,7 +178,7 @@ def inspect_source(
 
 
 def _lineage_of_model(profile: Profile, what: str, alias: str, svg: Path | None) -> Iterator[str]:
-    from flows.audit.lineage_tree import version_tree
+    from flows.graph.ancestry import version_tree
     from tasks.lineage.lineage_svg import lineage_svg
     from tasks.register.model_versions import describe_version, find_predecessor
 

@@ -10,9 +10,8 @@ from rich.text import Text
 from typer import Argument, Exit, Option
 
 from evaclip_model.errors import InputError
-from flows.config.gpu_spec import Machines
 from flows.config.profile import load_profile
-from flows.config.recipe import Recipe, load_recipe, planned_stages
+from flows.config.recipe import Machines, Recipe, load_recipe, planned_stages
 from flows.config.recipe_loader import recipe_names
 from flows.reporting.terminal import console
 

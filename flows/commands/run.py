@@ -1,27 +1,12 @@
-"""`run FLOW RECIPE` and `score MODEL...`: run a flow, or only say what it would do.
+"""`run FLOW RECIPE` and `score MODEL...`: run a flow, or only say what it would do; then the
+figures of what it made, and the commands that come next.
 
 prefect is imported only when a flow runs, behind a Prefect server for that time.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from typer import Argument, Option
-
-from evaclip_model.errors import InputError
-from flows.commands import recipes
-from flows.commands.recipes import FLOWS, Gpus, Overrides, RecipeName, Utilisation
-from flows.config.profile import Profile, load_profile
-from flows.config.recipe import Recipe
-from flows.reporting.terminal import console
-from tasks.evaluate.config import REPORT
-from tasks.evaluate.sets.set_registry import FOLDER
-from tasks.lineage.journal import JOURNALS
-from tasks.tracking import TrackingStore
-
-if TYPE_CHECKING:
-    from flows.graph.graph import Graph
+import json
 import os
 import secrets
 import subprocess
@@ -31,12 +16,35 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from typer import Argument, Option
+
+from evaclip_model.errors import InputError
 from evaclip_model.ports import find_free_port
+from flows.commands import recipes
+from flows.commands.recipes import FLOWS, Gpus, Overrides, RecipeName, Utilisation
+from flows.config.profile import Profile, load_profile
+from flows.config.recipe import Recipe
+from flows.reporting.terminal import console
+from tasks.evaluate.config import REPORT, RESULTS
+from tasks.evaluate.sets.set_registry import FOLDER
+from tasks.lineage.journal import JOURNALS
 from tasks.process.child import start_supervised
+from tasks.register.model_versions import RegisteredVersion
+from tasks.register.promotion import read_decision
+from tasks.table import NOTHING, Table, terminal_table, words
+from tasks.tracking import TrackingStore
+
+if TYPE_CHECKING:
+    from flows.graph.graph import Graph
+    from tasks.evaluate.report.findings import Findings
+
 
 JUDGED = ("pipeline", "evaluate", "retrain")  # flows that end with the gate
 START_TIMEOUT_S = 120
+ROWS_IN_FULL = 24
+"""Up to so many figures all are printed; beyond, the paper's metric of every set."""
 
 
 def run(
@@ -62,7 +70,6 @@ def run(
         raise InputError(f"unknown flow '{flow}'; there are: {', '.join(FLOWS)}")
     from flows.graph.graph import load_graph  # imports pyarrow, as the next ones do
     from flows.planning.run_plan import check_disk, rehearse_training
-    from flows.reporting.results_table import print_results
 
     loaded, profile, graph = load_graph(recipe, overrides)
     if dry_run and flow == "retrain":
@@ -121,7 +128,6 @@ def score(
     names = tuple(filter(None, sets.split(",")))
     root = load_profile().root
     from flows.graph.score_request import read_asked  # imports torch
-    from flows.reporting.results_table import print_figures
 
     read_asked(models, recipe, names, data, overrides, root.resolve())
     with temporary_server(root):
@@ -219,3 +225,55 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
         time.sleep(0.1)
     failed = "ended" if process.poll() is not None else f"gave no answer in {START_TIMEOUT_S} s"
     raise InputError(f"the temporary Prefect server {failed} while it started: {log} says why")
+
+
+def read_findings(folder: Path) -> Findings:
+    from tasks.evaluate.report.findings import Findings  # imports torch, which `plan` need not
+
+    return Findings(json.loads((folder / RESULTS).read_text()))
+
+
+def figures_table(found: Findings) -> Table:
+    """The figures of any number of sets and models, averages last."""
+    is_short = sum(len(found.list_metrics(one)) for one in found.sets) <= ROWS_IN_FULL
+    table = Table.of("set", words("metric"), *found.models, "published", "chance")
+    for evalset in found.sets:
+        for metric in found.list_metrics(evalset) if is_short else found.headline_metrics(evalset):
+            figures = [found.get_figure(evalset, model, metric) for model in found.models]
+            beside = figures[0].paper.get("published"), figures[0].chance
+            shares = [*(one.value for one in figures), *beside]
+            table.add(evalset, metric, *map(_format_percent, shares))
+    for key in found.raw.get("averages", {}):
+        averages = [found.table_average(key, model) for model in found.models]
+        points = [one["value"] for one in averages]
+        points.append(None if points[0] is None else averages[0]["intersection_reference"])
+        shares = [None if one is None else one / 100 for one in points]
+        table.add(f"Table {key}", "average", *map(_format_percent, shares), NOTHING)
+    return table
+
+
+def print_figures(evaluation: Path) -> None:
+    console.print(terminal_table(figures_table(read_findings(evaluation))))
+
+
+def print_results(recipe: Recipe, graph: Graph, profile: Profile) -> None:
+    """Print the figures, where everything lies, and the commands that come next."""
+    version = RegisteredVersion.from_registration(graph.register.folder)
+    aliases = version.current_aliases() or ()
+    wanted = recipe.registry.alias  # the one in use, where the gate gave it to this version
+    name = f"{version.name}@{wanted}" if wanted in aliases else str(version)
+    console.print()
+    print_figures(graph.evaluate.folder)
+    named = "".join(f" @{alias}" for alias in aliases)
+    for line in (
+        f"\nreport    {graph.evaluate.folder / REPORT}",
+        f"registry  {version}{named} in {profile.mlflow_uri}",
+        f"gate      {read_decision(graph.register.folder).summary}",
+        f"next      python -m flows pull {name} my-model",
+        '          evaclip classify IMAGE "a red apple" "a dog" --model my-model',
+    ):
+        console.print(line, soft_wrap=True)
+
+
+def _format_percent(share: float | None) -> str:
+    return NOTHING if share is None else f"{100 * share:.2f} %"

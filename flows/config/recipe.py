@@ -7,8 +7,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,8 +18,7 @@ from evaclip_model.config import Config, refuse_repeated_names
 from evaclip_model.errors import InputError
 from evaclip_model.reading.captions import STORED
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.cost import count_parts
-from flows.config.gpu_spec import Machines
+from evaclip_model.training.cost import BF16_PEAKS, count_parts, peak_flops
 from flows.config.recipe_loader import find_recipe, last_settings, read_recipe
 from tasks.adopt.config import AdoptConfig
 from tasks.dataset.config import CaptionSource, DatasetConfig
@@ -35,6 +36,7 @@ Table = TypeVar("Table", bound=Config)
 INTERVAL = "checkpoint_every_steps"
 SHARE_SELECTED = 0.65
 """Rows selected of rows read: COYO has 12 % duplicate URLs, rules and overlaps take the rest."""
+_FORM = re.compile(r"(?i)(\d+)x([a-z]+\d+\w*(?: [a-z]+)?)-(\d+)GB(?:@(\d+(?:\.\d+)?))?")
 
 
 class Published(Config):
@@ -338,3 +340,34 @@ def planned_stages(recipe: Recipe) -> tuple[TrainConfig, ...]:
 
 def expected_samples(recipe: Recipe) -> int:
     return sum(one.samples for one in source_yields(recipe))
+
+
+@dataclass(frozen=True)
+class Machines:
+    """A number of equal GPUs."""
+
+    count: int
+    gpu: str
+    """Name, as `peak_flops` knows it."""
+    memory_gb: int
+    """Of one, as it is sold: an "80GB" GPU has 80."""
+    price: float | None = None
+    """Of one for an hour, in whatever currency it was given."""
+
+    @classmethod
+    def parse_spec(cls, text: str) -> Self:
+        """Read COUNTxGPU-MEMORYGB[@PRICE], like `16xA100-40GB@2.5`."""
+        found = _FORM.fullmatch(text.strip())
+        if not found or int(found[1]) == 0:
+            raise InputError(
+                f"'{text}' names no GPUs: write COUNTxGPU-MEMORYGB, and @PRICE of one GPU's hour "
+                "where it matters, like 16xA100-40GB@2.5"
+            )
+        if peak_flops(found[2]) is None:
+            known = ", ".join(BF16_PEAKS)
+            raise InputError(f"GPU '{found[2]}' has no known peak rate; there are: {known}")
+        price = None if found[4] is None else float(found[4])
+        return cls(int(found[1]), found[2], int(found[3]), price)
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.gpu} {self.memory_gb} GB"

@@ -2,7 +2,8 @@
 
 One rule puts files together: tables are merged key by key, and so are items of a list that have the
 same `name`; of anything else the later one stays. Included files come first, then the file itself,
-then overrides; `[train_defaults]` lies under every `[[train]]` item.
+then overrides; `[train_defaults]` lies under every `[[train]]` item. Also the types of a flow's
+form, whose rules the server checks before a run.
 """
 
 import copy
@@ -10,7 +11,9 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from evaclip_model.errors import InputError
 
@@ -22,6 +25,18 @@ STAGES = "train"
 
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+# Prefect stores each rule with the deployment: recipes that are added later are known to the form
+# after the next `make up`. A browser's regular expressions refuse most that re.escape would write.
+_NAMES = "|".join(name.replace(".", "[.]") for name in recipe_names())
+RecipeName = Annotated[str, Field(pattern=rf"^({_NAMES}|.+[.]toml)$")]
+"""One of the project's recipes, or the path of a .toml file as the worker sees it."""
+# No address with an "@": the server keeps parameters in clear, a password too.
+_NO_PASSWORD = "([^@]*|([^:]|:[^/]|:/[^/])*)"
+_OVERRIDE = rf"^[A-Za-z_][\w-]*([.][\w-]+)*={_NO_PASSWORD}$"
+Overrides = tuple[Annotated[str, Field(pattern=_OVERRIDE)], ...]
+"""Changes to a recipe, each `table.key=value`; none with a password in an address."""
 
 
 def find_recipe(name_or_path: str) -> Path:

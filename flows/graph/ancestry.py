@@ -1,23 +1,40 @@
-"""Ancestors and descendants: from a dataset version down to the models that saw it.
+"""Ancestors and descendants: from a dataset version down to the models that saw it; and both as
+trees for a person. Not here: single samples (flows/audit/sample_trace.py), the registry
+(tasks/register/model_versions.py), the picture (tasks/lineage/lineage_svg.py).
 
 A parent that is not an artifact under the root is data from outside, unless its role says that a
 step made it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import Artifact, Role
-from tasks.artifacts.provenance import walk_up
+from flows.config.profile import Profile
+from flows.reporting.terminal import summarise_counts
+from tasks.adopt.config import STAGE as ADOPT
+from tasks.artifacts.artifact import (
+    Artifact,
+    Change,
+    Lineage,
+    Node,
+    Role,
+    lineage_of,
+    list_changes,
+    read_artifacts,
+    walk_up,
+)
 from tasks.demo.config import STAGE as DEMO
 from tasks.interpolate.config import STAGE as INTERPOLATE
 from tasks.join.config import STAGE as JOIN
 from tasks.join.join import read_parts
 from tasks.lineage.journal import JOURNALS, runs_of_digest
+from tasks.merge.config import STAGE as MERGE
 from tasks.register.config import STAGE as REGISTER
-from tasks.register.model_versions import RegisteredVersion
+from tasks.register.model_versions import Described, RegisteredVersion, made_from
+from tasks.tracking import TrackingStore
 from tasks.train.config import STAGE as TRAIN
 from tasks.verify.config import STAGE as VERIFY
 
@@ -25,6 +42,7 @@ _OF_STEPS = (
     *(Role.MERGE, Role.DOWNLOAD, Role.ADOPT, Role.DATA),
     *(Role.DATASET, Role.START, Role.END, Role.TRAINED),
 )
+SHORTEST_DIGEST = 6  # characters of a digest that are taken for one
 
 
 class Model(NamedTuple):
@@ -134,3 +152,131 @@ def _walk_upward(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Arti
     """An artifact behind all that it was made from, each once."""
     known = {one.digest: one for one in artifacts if one.kind != DEMO.name}
     return list(walk_up([artifact], known.get).values())
+
+
+def version_tree(version: Described, before: Described | None) -> Iterator[str]:
+    """A registered version as lines: what it was made from, what changed since `before`."""
+    aliases = "".join(f" @{alias}" for alias in version.aliases)
+    day = datetime.fromtimestamp(version.created / 1000, UTC).strftime("%Y-%m-%d %H:%M")
+    yield f"{version}{aliases}  registered {day} UTC"
+    if version.lineage is None:
+        yield f"  no lineage: {version.no_lineage}"
+        return
+    yield from upward_tree(version.lineage)
+    if before is None:
+        yield f"\nno other version of {version.name} to compare with"
+    elif before.lineage is None:
+        yield f"\n{before} has no lineage to compare with"
+    else:
+        yield f"\nsince {before}:"
+        yield from describe_changes(list_changes(before.lineage, version.lineage))
+
+
+def describe_changes(found: Sequence[Change]) -> Iterator[str]:
+    if not found:
+        yield "  no setting and no data changed"
+    for change in found:
+        old, new = _shorten_value(change.old), _shorten_value(change.new)
+        said = f"{new} (new)" if change.old is None else f"{old} -> {new}"
+        yield f"  {change.where}: {f'{old} (gone)' if change.new is None else said}"
+
+
+def upward_tree(lineage: Lineage) -> Iterator[str]:
+    """Return what every head was made from, as a tree; what was shown already is named only."""
+    shown: set[str] = set()
+
+    def parents(digest: str) -> list[tuple[str, str]]:
+        node = lineage.find_node(digest)
+        return list(node.parents.items()) if node else []
+
+    def line(role: str, digest: str) -> str:
+        node = lineage.find_node(digest)
+        return _node_line(node, role) if node else f"{role} {digest}  (data from outside)"
+
+    for head in lineage.heads:
+        if head not in shown:
+            yield line("", head)
+            yield from _tree_branches(head, parents, line, shown, "")
+
+
+def downward_tree(artifact: Artifact, artifacts: Sequence[Artifact]) -> Iterator[str]:
+    """An artifact and what was made of it, as a tree."""
+    known = {one.digest: one for one in artifacts}
+
+    def children(digest: str) -> list[tuple[str, str]]:
+        return [("", child.digest) for child in children_of(digest, artifacts)]
+
+    def line(role: str, digest: str) -> str:
+        said = _node_line(Node.from_artifact(known[digest]), role)
+        if known[digest].kind != REGISTER.name:
+            return said
+        return f"{said} of {RegisteredVersion.from_registration(known[digest].folder).name}"
+
+    yield line("", artifact.digest)
+    yield from _tree_branches(artifact.digest, children, line, set(), "")
+
+
+def data_trees(profile: Profile, what: str) -> Iterator[str]:
+    """Trees of what an artifact was made from and what became of it, or of a source's metadata;
+    `what` is the beginning of the digest, or the source's name."""
+    root = profile.root.resolve()
+    artifacts = read_artifacts(root)
+    is_digest = len(what) >= SHORTEST_DIGEST
+    found = [one for one in artifacts if is_digest and one.digest.startswith(what)]
+    database = TrackingStore.at(profile.mlflow_uri, "").database
+    digest, versions = found[0].digest if found else what, list[str]()
+    if database is None or database.is_file():
+        versions = made_from(profile.mlflow_uri, digest)
+    for artifact in found:
+        yield "made from"
+        yield from upward_tree(lineage_of([artifact], root))
+        yield "\nmade of it"
+        yield from downward_tree(artifact, artifacts)
+    if not found and not versions:
+        yield from _source_trees(root, what, artifacts)
+    if versions:
+        yield f"\nregistered from it: {', '.join(versions)}"
+
+
+def _source_trees(root: Path, source: str, artifacts: Sequence[Artifact]) -> Iterator[str]:
+    readers = [one for one in artifacts if one.kind in (MERGE.name, ADOPT.name)]
+    users = [one for one in readers if source in one.parents]
+    if not users:
+        known = ", ".join(sorted({role for one in readers for role in one.parents}))
+        raise InputError(
+            f"'{source}' is neither the digest of an artifact under {root} nor one of its sources; "
+            f"those are: {known or 'none yet'}; a model goes by NAME@ALIAS"
+        )
+    for place, user in enumerate(users):
+        yield f"{'' if not place else chr(10)}{source} {user.parents[source]}"
+        yield from downward_tree(user, artifacts)
+
+
+def _tree_branches(
+    digest: str,
+    next_of: Callable[[str], list[tuple[str, str]]],
+    line: Callable[[str, str], str],
+    shown: set[str],
+    indent: str,
+) -> Iterator[str]:
+    shown.add(digest)
+    following = next_of(digest)
+    for place, (role, other) in enumerate(following):
+        is_last = place == len(following) - 1
+        again = other in shown and bool(next_of(other))
+        branch, above = "└─" if is_last else "├─", "  (see above)" * again
+        yield f"{indent}{branch} {line(role, other)}{above}"
+        if not again:
+            deeper = indent + ("   " if is_last else "│  ")
+            yield from _tree_branches(other, next_of, line, shown, deeper)
+
+
+def _node_line(node: Node, role: str) -> str:
+    named = f"{role}: {node.title}" if role and role != node.kind else node.title
+    told = summarise_counts(node.counts)
+    return f"{named} {node.digest}  {node.created[:16].replace('T', ' ')}  {told}".rstrip()
+
+
+def _shorten_value(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"

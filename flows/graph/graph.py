@@ -43,9 +43,9 @@ from tasks.artifacts.artifact import (
     Role,
     Stage,
     fingerprint_files,
+    lineage_of,
     read_artifacts,
 )
-from tasks.artifacts.provenance import lineage_of
 from tasks.dataset.config import (
     LEFT_OUT,
     RULES_IN_FILES,

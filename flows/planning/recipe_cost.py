@@ -20,9 +20,9 @@ from evaclip_model.training.cost import (
     stage_flops_per_sample,
 )
 from evaclip_model.training.engine.deepspeed_config import deepspeed_config
-from flows.config.gpu_spec import Machines
 from flows.config.recipe import (
     SHARE_SELECTED,
+    Machines,
     Recipe,
     expected_samples,
     planned_stages,

@@ -18,9 +18,8 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SHARDS
 from evaclip_model.training.config import MODEL_FOLDER
 from evaclip_model.training.cost import shown_tokens, stage_flops_per_sample
-from flows.config.gpu_spec import Machines
 from flows.config.profile import Profile
-from flows.config.recipe import Recipe, planned_stages
+from flows.config.recipe import Machines, Recipe, planned_stages
 from flows.graph.graph import Graph
 from flows.graph.step import Step, finished_artifact
 from flows.planning.recipe_cost import GIB, cut_share, reader_bytes

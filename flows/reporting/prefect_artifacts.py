@@ -1,6 +1,6 @@
 """The page of a flow run: links, summaries, tables, the picture of a model's lineage, and the page
-of a finished recipe for those who pay for it. Not here: figures (results_table.py), what tracking
-gets of every step (flows/graph/step.py)."""
+of a finished recipe for those who pay for it. Not here: figures on the command line
+(flows/commands/run.py), what tracking gets of every step (flows/graph/step.py)."""
 
 import base64
 import json
@@ -16,14 +16,13 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
+from flows.config.recipe import Recipe
 from flows.graph.ancestry import ancestors_of
 from flows.graph.graph import Graph
 from flows.graph.runner import RecipeSession
 from flows.graph.step import finished_artifact
-from flows.reporting.results_table import results_markdown
 from tasks.adopt.config import STAGE as ADOPT
-from tasks.artifacts.artifact import Artifact, Stage, read_artifacts
-from tasks.artifacts.provenance import LINEAGE, Lineage
+from tasks.artifacts.artifact import LINEAGE, Artifact, Lineage, Stage, read_artifacts
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.evaluate.config import REPORT, SUMMARY
 from tasks.lineage.lineage_svg import lineage_svg
@@ -90,6 +89,13 @@ def publish_overview(session: RecipeSession, graph: Graph) -> None:
         parts.append(markdown_table(table))
     page = "\n\n".join([*parts, figures.strip()]) + "\n"
     create_markdown_artifact(page, key="summary")
+
+
+def results_markdown(recipe: Recipe, graph: Graph) -> str:
+    """The evaluation's summary under the recipe's title."""
+    summary = (graph.evaluate.folder / SUMMARY).read_text()
+    body = summary.partition("\n")[2].strip()
+    return f"# {recipe.title}\n\n{body}\n\nRecipe digest `{recipe.digest}`."
 
 
 def _sum_counts(made: Sequence[Artifact], stage: Stage) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""A lineage document (tasks/artifacts/provenance.py) as one SVG that needs no other file.
+"""A lineage document (tasks/artifacts/artifact.py) as one SVG that needs no other file.
 
 From left to right: an artifact stands right of all it was made from. Not here: its drawing and its
 colours (lineage.svg.j2).
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import escape_control
-from tasks.artifacts.provenance import Lineage
+from tasks.artifacts.artifact import Lineage
 
 BOX_WIDTH, BOX_HEIGHT = 168, 66
 GAP_X, GAP_Y = 44, 22

@@ -12,8 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from evaclip_model.training.config import MODEL_FOLDER
-from tasks.artifacts.artifact import CARD, MANIFEST, Address, Artifact, Role
-from tasks.artifacts.provenance import flatten_settings
+from tasks.artifacts.artifact import CARD, MANIFEST, Address, Artifact, Role, flatten_settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

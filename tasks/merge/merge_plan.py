@@ -1,5 +1,6 @@
 """The plan that all units of a merge share, and making it: what every metadata file, sidecar and
 cleaned edition holds, before any of the long work. Text files become parquet here.
+Also the entries of a merge that balances, and what finds them in captions (pairs.sql).
 
 Not here: the units (units.py), the meaning of columns (schema.py).
 """
@@ -18,11 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.files import write_atomically
-from tasks.merge.balance import read_entries
-from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConfig
-from tasks.merge.database import explain_read_errors, open_database
+from evaclip_model.reading.urls import read_text
+from tasks.merge.config import MOST_ENTRIES, ColumnMap, MergeConfig, SidecarConfig, SourceConfig
+from tasks.merge.database import explain_read_errors, load_statement, open_database
 from tasks.merge.metadata_files import find_metadata, format_of, outside_files
 from tasks.merge.schema import (
     JudgedParts,
@@ -46,6 +47,8 @@ ROWS_PER_PARTITION = 250_000
 they are put in order, and four times as many take a third more CPU-seconds."""
 MOST_PARTITIONS = 2_048
 """More than this and the pieces of a run get so small that their headers cost more than they."""
+MARKS = "[,.;:?!`]"
+MOST_CHARS = 300
 
 
 class ReadableFile(NamedTuple):
@@ -392,3 +395,41 @@ def rows_in(connection: DuckDBPyConnection, paths: Sequence[str]) -> int:
     query = "SELECT sum(num_rows) FROM parquet_file_metadata($paths)"
     [[rows]] = connection.execute(query, {"paths": list(paths)}).fetchall()
     return int(rows)
+
+
+def read_entries(path: str) -> list[str]:
+    """Entries of a text file, one a line, or of JSON: a list, or an object with them as keys."""
+    where = f"merge.balance.entries: {path}"
+    try:
+        text = read_text(path)
+        found = json.loads(text) if path.endswith(".json") else text.split("\n")
+        if not isinstance(found, list | dict):
+            raise TypeError("it is not a list")
+        "".join(map(str, found)).encode()  # JSON can say halves of characters
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{where} cannot be read ({shorten_error(error)}): name a text file (UTF-8) with one "
+            "entry a line, or a .json with a list of texts"
+        ) from error
+    places: dict[str, int] = {}
+    for place, entry in enumerate(found, 1):
+        if not isinstance(entry, str) or len(entry) > MOST_CHARS:
+            what = f"is not a text of at most {MOST_CHARS} characters"
+            raise InputError(f"{where}, entry {place} {what}: take it out")
+        text = entry.strip()
+        if text and (first := places.setdefault(text, place)) != place:
+            raise InputError(
+                f"{where}, entry {place}, '{text}', is entry {first} again: take one out"
+            )
+    if not 0 < len(places) <= MOST_ENTRIES:
+        raise InputError(f"{where} has {len(places):,} entries, not 1 to {MOST_ENTRIES:,}")
+    return list(places)
+
+
+def pairs_statement(most_words: int) -> str:
+    """The statement pairs.sql for entries of at most so many words."""
+    depths = range(1, most_words)
+    runs = (load_statement("run", depth=str(n), before=str(n - 1)) for n in depths)
+    found = (f"SELECT row, number FROM run_{n}" for n in range(most_words))
+    words = "".join(f", unnest(words[{n + 1}:]) AS word_{n}" for n in depths)
+    return load_statement("pairs", words=words, runs="".join(runs), found=" UNION ALL ".join(found))

@@ -24,8 +24,6 @@ import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
 from evaclip_model.files import replace_file, write_atomically
-from tasks.merge.balance import MARKS, pairs_statement, read_entries
-from tasks.merge.blocklists import BLOCKED_TABLES, read_lists
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import (
     copy_statement,
@@ -36,12 +34,22 @@ from tasks.merge.database import (
     open_database,
 )
 from tasks.merge.filters import (
+    BLOCKED_TABLES,
     listed_expression,
+    read_lists,
     reason_expression,
     rule_parameters,
     unjudged_expression,
 )
-from tasks.merge.merge_plan import MergePlan, MetadataFile, make_once, read_cuts
+from tasks.merge.merge_plan import (
+    MARKS,
+    MergePlan,
+    MetadataFile,
+    make_once,
+    pairs_statement,
+    read_cuts,
+    read_entries,
+)
 from tasks.merge.schema import (
     BROKEN_TEXT,
     NOT_BROKEN,

@@ -29,8 +29,15 @@ from evaclip_model.tokenizer.bundled_assets import bundle_assets
 from evaclip_model.training.config import MODEL_FOLDER
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
-from tasks.artifacts.artifact import MANIFEST, Address, Artifact, Made, sha256_of
-from tasks.artifacts.provenance import LINEAGE, lineage_of
+from tasks.artifacts.artifact import (
+    LINEAGE,
+    MANIFEST,
+    Address,
+    Artifact,
+    Made,
+    lineage_of,
+    sha256_of,
+)
 from tasks.progress import Report, report_nothing
 from tasks.register.config import COPIED, REGISTERED, LargeWeights, RegisterConfig
 from tasks.register.promotion import DIGEST_TAG, WEIGHTS_TAG

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from evaclip_model.errors import InputError, shorten_error
-from tasks.artifacts.provenance import LINEAGE, Lineage
+from tasks.artifacts.artifact import LINEAGE, Lineage
 from tasks.register.config import REGISTERED
 from tasks.register.promotion import DIGEST_TAG, NAME_TAG, champion_history, history
 from tasks.tracking import TrackingStore, find_answer, read_all_pages

@@ -16,10 +16,10 @@ import webdataset
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import ShardManifest, read_tombstones, skip_tombstones
 from flows.audit.dataset_replacement import take_down
-from flows.audit.lineage_tree import data_trees
 from flows.audit.sample_trace import trace_sample
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe, load_recipe
+from flows.graph.ancestry import data_trees
 from flows.graph.graph import Graph, draw_graph
 from flows.graph.step import Step
 from tasks.artifacts.artifact import Artifact

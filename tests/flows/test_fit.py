@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.config.gpu_spec import Machines
 from flows.config.profile import Profile
-from flows.config.recipe import load_recipe
+from flows.config.recipe import Machines, load_recipe
 from flows.graph.graph import draw_graph
 from flows.planning.run_plan import Finding, Machine, recipe_findings, summarise_findings
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from flows.audit.lineage_tree import describe_changes, upward_tree
-from tasks.artifacts.artifact import read_artifacts
-from tasks.artifacts.provenance import Change, Lineage
+from flows.graph.ancestry import describe_changes, upward_tree
+from tasks.artifacts.artifact import Change, Lineage, read_artifacts
 from tests.flows.command import Demo, run
 
 

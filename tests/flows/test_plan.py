@@ -12,8 +12,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.cost import peak_flops, train_flops_per_sample
 from flows.__main__ import main
-from flows.config.gpu_spec import Machines
-from flows.config.recipe import Recipe, load_recipe
+from flows.config.recipe import Machines, Recipe, load_recipe
 from flows.config.recipe_loader import recipe_names
 from flows.graph.graph import draw_graph
 from flows.planning.recipe_cost import (

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from flows.commands.run import figures_table, read_findings
 from flows.graph.outside_data import describe_sets
-from flows.reporting.results_table import figures_table, read_findings
 from tasks.artifacts.artifact import Artifact
 from tasks.evaluate.config import ATTACHED
 from tasks.evaluate.report.findings import Findings

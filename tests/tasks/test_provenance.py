@@ -6,8 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact
-from tasks.artifacts.provenance import Change, Lineage, lineage_of, list_changes
+from tasks.artifacts.artifact import (
+    Address,
+    Artifact,
+    Change,
+    Lineage,
+    Made,
+    Stage,
+    lineage_of,
+    list_changes,
+    produce_artifact,
+)
 
 
 def made(root: Path, kind: str, config: dict[str, Any], **parents: str) -> Artifact:

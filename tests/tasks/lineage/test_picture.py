@@ -6,7 +6,7 @@ import re
 import xml.etree.ElementTree as ET
 from itertools import combinations
 
-from tasks.artifacts.provenance import Lineage, Node
+from tasks.artifacts.artifact import Lineage, Node
 from tasks.lineage.lineage_svg import BOX_HEIGHT, BOX_WIDTH, lineage_svg
 
 NAME = "evaclip/3 @champion"

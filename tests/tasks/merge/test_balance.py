@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import Address
-from tasks.merge.balance import MARKS, pairs_statement, read_entries
 from tasks.merge.config import STAGE, MergeConfig
 from tasks.merge.database import copy_statement, load_statement
 from tasks.merge.merge import merge_sources
+from tasks.merge.merge_plan import MARKS, pairs_statement, read_entries
 from tasks.merge.metadata_files import outside_files
 from tests.tasks.merge import metadata, reference
 from tests.tasks.merge.metadata import coyo, find_files, laion, output_rows, write

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaclip_model.errors import InputError
-from tasks.merge.blocklists import BLOCKED_TABLES, read_lists
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import laion_hashes
+from tasks.merge.filters import BLOCKED_TABLES, read_lists
 from tasks.merge.inspect_metadata import inspect_files
 from tasks.merge.merge import merge_sources
 from tasks.merge.metadata_files import find_metadata, outside_files, remote_fingerprint

@@ -10,7 +10,7 @@ from hypothesis import given, strategies as some
 from mlflow import MlflowClient
 
 from evaclip_model import InputError
-from flows.audit.lineage_tree import version_tree
+from flows.graph.ancestry import version_tree
 from tasks.register.config import GatePolicy, RegisterConfig
 from tasks.register.gate import Candidate, Champion, Decision, GateOutcome, decide_promotion
 from tasks.register.model_versions import describe_version

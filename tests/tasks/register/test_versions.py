@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifacts.provenance import Change, list_changes
+from tasks.artifacts.artifact import Change, list_changes
 from tasks.register.model_versions import describe_version, find_predecessor, is_address, made_from
 from tasks.register.promotion import roll_back
 from tasks.tracking import TrackingStore
