@@ -58,7 +58,7 @@ from tasks.dataset.lists import read_takedowns, takedowns_digest
 from tasks.demo.config import STAGE as DEMO, DemoConfig
 from tasks.download.config import STAGE as DOWNLOAD, Crew
 from tasks.download.download import PROGRESS, download_images
-from tasks.download.url_tables import expected_bytes
+from tasks.download.shards import expected_bytes
 from tasks.embed.config import STAGE as EMBED, EmbedConfig
 from tasks.evaluate.config import ATTACHED, RESULTS, STAGE as EVALUATE, EvaluateConfig
 from tasks.initialise.config import REGISTRY, STAGE as INITIALISE, InitialiseConfig
@@ -240,7 +240,7 @@ def model_steps(
 
 def demo_step(root: Path, config: DemoConfig) -> Step:
     def make(_: Profile, out: Path, report: Report) -> Made:
-        from tasks.demo.world import make_demo
+        from tasks.demo.demo import make_demo
 
         return make_demo(config, out, report)
 
@@ -291,7 +291,7 @@ def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
         return download_images(config, merged.folder, out, crew, report)
 
     def serve_demo() -> AbstractContextManager[None]:
-        from tasks.demo.demo_web import serve_pictures
+        from tasks.demo.demo import serve_pictures
 
         return serve_pictures(recipe.demo) if recipe.demo else nullcontext()
 

@@ -28,7 +28,7 @@ from flows.config.recipe import (
     planned_stages,
     source_yields,
 )
-from tasks.download.url_tables import expected_bytes
+from tasks.download.shards import expected_bytes
 
 LARGE_ROWS = 1_000_000  # from here on an estimate is worth its lines
 METADATA_BYTES_PER_ROW = 222  # Re-LAION-2B: 467 GB of parquet for 2.1 billion rows

@@ -1,5 +1,5 @@
 """Download the images of a merge into shards, once each, whatever interrupts it. Not here: how a
-URL is fetched (fetch.py), what a whole shard is, which rows another pass tries (check_shards.py),
+URL is fetched (fetch.py), what a whole shard is, which rows another pass tries (shards.py),
 when to stop early (watch_progress.py).
 
     out/shards            the first pass: every row
@@ -27,9 +27,18 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.samples import BrokenShard
 from tasks.artifacts.artifact import Made
-from tasks.download.check_shards import (
+from tasks.download.config import Crew, DownloadConfig, require_distributor
+from tasks.download.download_worker import WorkerJob, open_files_needed
+from tasks.download.fetch_outcome import Outcome
+from tasks.download.shards import (
+    CAPTION_COLUMN,
+    URL_COLUMN,
     FinishedShard,
     Ledger,
+    Plan,
+    PlannedShard,
+    expected_bytes,
+    plan_download,
     remove_shard,
     rows_to_retry,
     shard_files,
@@ -37,17 +46,6 @@ from tasks.download.check_shards import (
     sum_of,
     total_outcomes,
     write_rows_to_retry,
-)
-from tasks.download.config import Crew, DownloadConfig, require_distributor
-from tasks.download.download_worker import WorkerJob, open_files_needed
-from tasks.download.fetch_outcome import Outcome
-from tasks.download.url_tables import (
-    CAPTION_COLUMN,
-    URL_COLUMN,
-    Plan,
-    PlannedShard,
-    expected_bytes,
-    plan_download,
 )
 from tasks.download.watch_progress import CounterReader, Watch, dead_links, network_trouble
 from tasks.process.child import refuse_full_disk, run_supervised

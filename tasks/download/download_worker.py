@@ -1,7 +1,7 @@
 """The process that downloads: `python -m tasks.download.download_worker JOB_JSON`, one call of
 img2dataset over all files of a job, with the hardened downloader.
 
-img2dataset exits with 0 whatever happened, so that check_shards.py has to find out; it also
+img2dataset exits with 0 whatever happened, so that shards.py has to find out; it also
 installs signal handlers and orphans its pool when it is killed, so that it is a process of its own,
 under tasks/process/supervise.py. The main guard is needed: its processes import this module again.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 from evaclip_model.config import Config
 from tasks.download.config import Crew, DownloadConfig
-from tasks.download.url_tables import CAPTION_COLUMN, SHARD_DIGITS, URL_COLUMN
+from tasks.download.shards import CAPTION_COLUMN, SHARD_DIGITS, URL_COLUMN
 from tasks.spark_session import spark_builder
 
 FILES_PER_THREAD = 3

@@ -28,7 +28,7 @@ from evaclip_model.reading.image_decoder import (
 from tasks.download.config import DownloadConfig
 from tasks.download.fetch import Fetcher
 from tasks.download.fetch_outcome import REFUSALS, Outcome, outcome_of
-from tasks.download.url_tables import hash_column_of
+from tasks.download.shards import hash_column_of
 from tasks.download.watch_progress import OutcomeCounter
 
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}

@@ -1,6 +1,6 @@
 """Progress of a download: the counters of its processes, the line a person sees, and the two
 reasons to stop early: our network is down, or the list is mostly dead. Not here: the final counts,
-which come from the shards themselves (check_shards.py)."""
+which come from the shards themselves (shards.py)."""
 
 from __future__ import annotations
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError
-from tasks.encoders.open_models import Identity, Library, identify_module
-from tasks.encoders.torchvision_import import explain_import
+from tasks.encoders.open_models import Identity, Library, explain_import, identify_module
 
 LOCAL_DIR = "local-dir:"
 """Before a folder of open_clip_config.json and weights, as open_clip names such models itself."""

@@ -8,15 +8,17 @@ transformers:FOLDER        a CLIP or SigLIP as its library saves them, or ORG/NA
 """
 
 import hashlib
+import importlib
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evaclip_model.choices import Precision
 from evaclip_model.config import Config
 from evaclip_model.create import create_model, open_model
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.files import write_atomically
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, list_models
 from evaclip_model.reading.transform import describe_preprocessing
@@ -42,6 +44,8 @@ OPEN_CLIP = "open_clip:"
 TRANSFORMERS = "transformers:"
 _FORM = 3
 """Raise it when the same files would get another identity."""
+_OPERATORS = ("nms", "qnms")
+_kept: list[Any] = []  # described operators go when what described them does
 
 
 class Identity(Config):
@@ -290,3 +294,31 @@ def _cache_key(spec: str) -> str:
         with suppress(metadata.PackageNotFoundError):
             versions[tool] = metadata.version(tool)
     return digest_of({"form": _FORM, "spec": spec, "files": stats, **versions})
+
+
+def import_torchvision(module: str = "") -> ModuleType:
+    """`torchvision`, or the module of this name in it. Raises ImportError: it is not installed;
+    RuntimeError: it does not fit torch for another reason."""
+    name = f"torchvision.{module}" if module else "torchvision"
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error) or _kept:
+            raise
+        library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        for one in _OPERATORS:
+            library.define(f"{one}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept.append(library)
+        return importlib.import_module(name)
+
+
+@contextmanager
+def explain_import(library: str, needed: str) -> Iterator[None]:
+    """The import of a library that looks for torchvision; an InputError says what is `needed`."""
+    try:
+        with suppress(ImportError):
+            import_torchvision()
+        yield
+    except (ImportError, RuntimeError) as error:
+        why = shorten_error(error)
+        raise InputError(f"{library} cannot be imported ({why}): install {needed}") from error

@@ -19,8 +19,13 @@ from torch import Tensor
 from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.model.layers import DTYPES
-from tasks.encoders.open_models import TRANSFORMERS, Identity, Library, identify_module
-from tasks.encoders.torchvision_import import explain_import
+from tasks.encoders.open_models import (
+    TRANSFORMERS,
+    Identity,
+    Library,
+    explain_import,
+    identify_module,
+)
 
 TYPES = ("clip", "siglip")
 """Values of `model_type` in config.json."""

@@ -32,7 +32,7 @@ from evaclip_model.training.config import MODEL_FOLDER
 from flows.graph.graph import load_graph
 from tasks.dataset.config import LEFT_OUT
 from tasks.demo.config import DemoConfig
-from tasks.demo.world import URL_COLUMNS, write_metadata
+from tasks.demo.demo import URL_COLUMNS, write_metadata
 from tasks.evaluate.config import RESULTS
 from tasks.evaluate.sets.convert.shard_writer import Found, Source, write_set
 from tasks.index.sample_index import SampleIndex

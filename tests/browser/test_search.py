@@ -28,7 +28,7 @@ from evaclip_model.weights.load import save_model
 from flows.config.profile import Profile
 from flows.config.recipe import load_recipe
 from flows.graph.graph import draw_graph
-from tasks.demo.world import read_concepts, read_drawings
+from tasks.demo.demo import read_concepts, read_drawings
 from tasks.progress import report_nothing
 from tests.browser.person import Person, person
 from tests.flows.command import CHECKOUT, environment

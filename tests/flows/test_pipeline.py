@@ -20,7 +20,7 @@ from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.reading.samples import SHARDS, ShardManifest
 from flows.config.recipe import Recipe
 from tasks.artifacts.artifact import MANIFEST, Artifact, read_artifact, read_bulk, sha256_of
-from tasks.demo.world import read_drawings
+from tasks.demo.demo import read_drawings
 from tests.flows.command import Demo, Ended, environment, run
 
 STAGES = (

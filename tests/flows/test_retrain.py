@@ -30,7 +30,7 @@ from flows.graph.graph import load_graph
 from flows.graph.incremental import News, describe_new_data, find_new_data
 from flows.pipeline import pipeline, retrain
 from tasks.artifacts.artifact import Artifact, read_artifacts
-from tasks.demo.world import Concept, read_concepts, read_drawings
+from tasks.demo.demo import Concept, read_concepts, read_drawings
 from tasks.register.promotion import champion_of, history, read_decision, roll_back
 from tasks.tracking import TrackingStore
 from tests.flows.command import run, started

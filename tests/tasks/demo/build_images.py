@@ -1,7 +1,7 @@
 """The script that built the demo's committed data from the original packages; it ran once.
 
 Covers: one zip of 64 px WebP drawings per artist and `concepts.json` (names, captions, hashes).
-Not here: metadata, URLs and evaluation sets, which are made of these files (tasks/demo/world.py).
+Not here: metadata, URLs and evaluation sets, which are made of these files (tasks/demo/demo.py).
 
 The originals, fetched with `npm pack NAME` into one folder (versions as used):
 emoji-datasource-google@16.0.0, emoji-datasource-twitter@16.0.0, fluentui-emoji@1.3.0,
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tasks.demo.world import ARTISTS, CONCEPTS_FILE, DATA, Artist, Concept, artist_zip
+from tasks.demo.demo import ARTISTS, CONCEPTS_FILE, DATA, Artist, Concept, artist_zip
 
 IMAGE_PX = 64
 WEBP_QUALITY = 85

@@ -1,7 +1,7 @@
 """The plan of the demo's two metadata collections, oddities and all, and their parquet files in the
 published columns of LAION-2B-en and COYO-700M: what made the committed `tasks/demo/data/metadata`.
 
-Again: `python -m tests.tasks.demo.plan_metadata`. Not here: the artifact (tasks/demo/world.py).
+Again: `python -m tests.tasks.demo.plan_metadata`. Not here: the artifact (tasks/demo/demo.py).
 
 Nearly every concept has one sound row per source. A few of those are damaged, and further rows
 are added that a pipeline must drop, fold together, or fail to download. The plan is a pure
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.demo.config import DemoConfig
-from tasks.demo.world import DATA, Concept, read_concepts
+from tasks.demo.demo import DATA, Concept, read_concepts
 
 Source = Literal["laion2b", "coyo700m"]
 ARTIST_OF: dict[Source, Literal["noto", "fluent"]] = {"laion2b": "noto", "coyo700m": "fluent"}

@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from tasks.demo.world import read_concepts, read_drawings
+from tasks.demo.demo import read_concepts, read_drawings
 from tests.tasks.demo.build_images import (
     as_webp,
     fluent_drawing,

@@ -5,7 +5,7 @@ import io
 import pytest
 from PIL import Image
 
-from tasks.demo.world import ARTISTS, DATA, artist_zip, read_concepts, read_drawings
+from tasks.demo.demo import ARTISTS, DATA, artist_zip, read_concepts, read_drawings
 
 CONCEPTS = read_concepts()
 

@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.demo import world
-from tasks.demo.world import read_concepts
+from tasks.demo.demo import read_concepts
 from tests.tasks.demo.plan_metadata import plan_rows, write_metadata
 
 PUBLISHED = {

@@ -5,8 +5,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tasks.demo.demo_web import split_path
-from tasks.demo.world import read_concepts
+from tasks.demo.demo import read_concepts, split_path
 from tests.tasks.demo.plan_metadata import (
     ADDED,
     DAMAGED,

@@ -17,8 +17,7 @@ import pytest
 
 from evaclip_model.errors import InputError
 from tasks.demo.config import DemoConfig
-from tasks.demo.demo_web import Web, read_web, serve_pictures, split_path
-from tasks.demo.world import read_concepts, read_drawings
+from tasks.demo.demo import Web, read_concepts, read_drawings, read_web, serve_pictures, split_path
 from tests.tasks.demo.plan_metadata import WORKING, plan_rows
 
 KEY = "1f34e"
@@ -156,7 +155,7 @@ def test_a_port_in_use_is_one_clear_sentence():
         ):
             pass
         alone = subprocess.run(
-            [sys.executable, "-m", "tasks.demo.demo_web", "--port", str(port)],
+            [sys.executable, "-m", "tasks.demo.demo", "--port", str(port)],
             cwd=CHECKOUT,
             capture_output=True,
             text=True,
@@ -174,7 +173,7 @@ def test_the_server_dies_with_a_caller_that_is_killed():
             "-c",
             "import time\n"
             "from tasks.demo.config import DemoConfig\n"
-            "from tasks.demo.demo_web import serve_pictures\n"
+            "from tasks.demo.demo import serve_pictures\n"
             f"with serve_pictures(DemoConfig(port={port})):\n"
             "    print('up', flush=True)\n"
             "    time.sleep(60)\n",

@@ -9,7 +9,7 @@ from PIL import Image
 from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import Address, produce_artifact, sha256_of
 from tasks.demo.config import STAGE, DemoConfig
-from tasks.demo.world import (
+from tasks.demo.demo import (
     ARTISTS,
     CONCEPTS_FILE,
     artist_zip,

@@ -25,12 +25,11 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import BrokenShard, read_samples
 from tasks.artifacts.artifact import Made
 from tasks.download import download as download_module
-from tasks.download.check_shards import Ledger, check_shard
 from tasks.download.config import Crew, DownloadConfig
 from tasks.download.download import download_images
 from tasks.download.download_worker import open_files_needed
 from tasks.download.fetch_outcome import Outcome
-from tasks.download.url_tables import PlannedShard, plan_download
+from tasks.download.shards import Ledger, PlannedShard, check_shard, plan_download
 from tasks.download.watch_progress import CounterReader
 
 CONFIG = DownloadConfig(

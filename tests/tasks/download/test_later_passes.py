@@ -12,11 +12,10 @@ import pytest
 
 from evaclip_model.errors import InputError
 from tasks.download import watch_progress
-from tasks.download.check_shards import AT_ONCE, FinishedShard, silent_hosts
 from tasks.download.config import Crew, DownloadConfig
 from tasks.download.download import download_images
 from tasks.download.fetch_outcome import Outcome
-from tasks.download.url_tables import PlannedShard
+from tasks.download.shards import AT_ONCE, FinishedShard, PlannedShard, silent_hosts
 from tests.tasks.download.test_download import write_rows
 from tests.tasks.download.web import serving
 

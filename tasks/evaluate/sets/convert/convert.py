@@ -18,7 +18,7 @@ from evaclip_model.reading.image_decoder import UnreadableImageError, decode_ima
 from evaclip_model.reading.urls import read_text
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
 from evaclip_model.zeroshot.set_layout import is_system_file
-from tasks.encoders.torchvision_import import explain_import, import_torchvision
+from tasks.encoders.open_models import explain_import, import_torchvision
 from tasks.evaluate.sets.choice_questions import Question
 from tasks.evaluate.sets.class_order import ClassOrder, Words, order_classes
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources, choice_sources
