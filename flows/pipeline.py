@@ -1,7 +1,8 @@
 """The flows of a recipe: the whole way from metadata to a registered model, its three parts, the
-scheduled retraining from what is new since the last time to a judged model, and takedowns. Not
-here: what is new (flows/graph/incremental.py), the gate (tasks/register/gate.py), when flows run
-(infra/prefect.yaml)."""
+scheduled retraining from what is new since the last time to a judged model. Beside them takedowns,
+and any models on any sets, outside a recipe's training: figures and a report, nothing registered.
+Not here: what is new (flows/graph/incremental.py), the gate (tasks/register/gate.py), when flows
+run (infra/prefect.yaml), what the arguments of `score` mean (flows/graph/score_request.py)."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,14 +11,16 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from flows.audit.dataset_replacement import describe_replacement, describe_unmatched, take_down
+from flows.audit.sample_trace import describe_replacement, describe_unmatched, take_down
 from flows.config.profile import load_profile
 from flows.config.recipe import Recipe
 from flows.config.recipe_loader import Overrides, RecipeName
 from flows.graph import incremental
 from flows.graph.graph import Graph, data_steps, load_graph, verify_step
 from flows.graph.incremental import News, of_kind, rows_of
-from flows.graph.runner import RecipeSession, open_session
+from flows.graph.outside_data import fetch_models
+from flows.graph.runner import RecipeSession, Session, open_session, track_run
+from flows.graph.score_request import read_asked
 from flows.graph.step import Step
 from flows.planning import run_plan
 from flows.promotion.apply_decision import (
@@ -32,9 +35,14 @@ from flows.reporting.prefect_artifacts import publish_evaluation, publish_overvi
 from flows.reporting.terminal import console
 from tasks.adopt.config import STAGE as ADOPT
 from tasks.artifacts.artifact import Artifact, Role
+from tasks.evaluate.sets.set_registry import FOLDER
 from tasks.merge.config import STAGE as MERGE
 from tasks.register.promotion import read_decision
 from tasks.tracking import TrackingStore
+
+EXPERIMENT = "scores"  # of the tracking store
+Models = Annotated[list[str], Field(min_length=1)]
+ScoredRecipe = Annotated[str, Field(pattern=r"^$|^[A-Za-z0-9][\w.-]*$|^.+[.]toml$")]
 
 
 @flow(name="pipeline", on_crashed=[close_tracking], on_cancellation=[close_tracking])
@@ -240,3 +248,35 @@ def takedown(file: Annotated[str, Field(min_length=1)]) -> list[str]:
     said = "\n".join([*lines, *describe_unmatched(Path(file), root)])
     create_markdown_artifact(f"# Takedown of `{file}`\n\n```\n{said}\n```", key="takedown")
     return [one.new.digest for one in done]
+
+
+@flow(name="score", on_crashed=[close_tracking], on_cancellation=[close_tracking])
+def score(
+    models: Models,
+    recipe: ScoredRecipe = "",
+    sets: tuple[str, ...] = (),
+    data: str = FOLDER,
+    overrides: Overrides = (),
+) -> Artifact:
+    """Evaluate models side by side, the first one as the subject, and write the report.
+
+    Args:
+        models: Each a saved model's folder, WEIGHTS:ARCHITECTURE, open_clip:NAME/WEIGHTS,
+            transformers:FOLDER, or models:/NAME@ALIAS of the registry; NAME=... before it names it.
+        recipe: Recipe whose sets are taken; leave it out and name sets instead.
+        sets: Sets of the registry, folders of your own in `data`, paths, or NAME=FOLDER; `paper`
+            for all 33.
+        data: Folder that holds the sets.
+        overrides: Changes to the recipe, each `table.key=value`; with `sets`, to `evaluate`.
+    """
+    profile = load_profile()
+    root = profile.root.resolve()
+    asked = read_asked(models, recipe, sets, data, overrides, root)
+    specs = fetch_models(asked.models, profile)
+    step = asked.make_step(root, specs)
+    params = {"flow": "score", "models": " ".join(models), "recipe": recipe}
+    named = f"score {', '.join(specs)}"
+    with track_run(profile, EXPERIMENT, named, step.digest, params) as run:
+        made = Session(profile, run).make_step(step)
+        publish_evaluation(made, run.stage_url(step.address, step.title))
+    return made

@@ -102,8 +102,7 @@ def test_prefect_neither_repeats_flows_and_steps_nor_pickles_their_results() -> 
         flow = getattr(importlib.import_module(f"flows.{module}"), name)
         assert (flow.retries, flow.persist_result) == (0, None)
         assert flow.should_validate_parameters and flow.timeout_seconds is None
-    from flows.graph.merge_chunks import merge_chunk
-    from flows.graph.runner import run_step
+    from flows.graph.runner import merge_chunk, run_step
 
     tasks: list[Task[..., Any]] = [run_step, merge_chunk]
     for task in tasks:

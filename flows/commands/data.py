@@ -1,6 +1,6 @@
 """Commands about data: `trace`, `lineage`, `takedown`, `prune`, `sources inspect`. Not here: the
 answers (flows/audit/sample_trace.py, flows/graph/ancestry.py,
-flows/audit/dataset_replacement.py, flows/audit/leftovers.py, tasks/merge/inspect_metadata.py)."""
+flows/audit/sample_trace.py, flows/audit/leftovers.py, tasks/merge/inspect_metadata.py)."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def takedown(
     file: Annotated[Path, Argument(metavar="FILE", help="URLs, uids or SHA-256s, one a line")],
 ) -> None:
     """Make new dataset versions without some samples; name the models that have seen them."""
-    from flows.audit.dataset_replacement import (  # imports duckdb
+    from flows.audit.sample_trace import (  # imports duckdb
         describe_replacement,
         describe_unmatched,
         take_down,

@@ -131,9 +131,9 @@ def score(
 
     read_asked(models, recipe, names, data, overrides, root.resolve())
     with temporary_server(root):
-        from flows.score import score as run_flow  # imports prefect, which reads its settings then
+        from flows import pipeline  # imports prefect, which reads its settings then
 
-        made = run_flow(models, recipe, names, data, tuple(overrides))
+        made = pipeline.score(models, recipe, names, data, tuple(overrides))
     print_figures(made.folder)
     console.print(f"report    {made.folder / REPORT}")
 

@@ -266,7 +266,7 @@ def merge_step(
         }
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
-        from flows.graph.merge_chunks import merge_in_chunks
+        from flows.graph.runner import merge_in_chunks
 
         found = files or {
             source.name: find_files(source.files, site.demo, f"merge.sources '{source.name}'")

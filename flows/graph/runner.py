@@ -1,5 +1,6 @@
 """One execution of a flow: making its steps, each with progress, tracking and a line for a person.
-Not here: which steps, in which order (flows/graph/graph.py and the flows)."""
+The chunks of a merge are tasks of their own, on whatever the flow's task runner has. Not here:
+which steps, in which order (flows/graph/graph.py and the flows)."""
 
 import os
 import time
@@ -8,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from uuid import UUID
 
 from prefect import get_run_logger, runtime, task
@@ -17,6 +18,7 @@ from prefect.artifacts import (
     create_progress_artifact,
     update_progress_artifact,
 )
+from prefect.futures import as_completed
 
 from evaclip_model.errors import InputError, escape_control
 from evaclip_model.files import lock_file
@@ -25,9 +27,14 @@ from flows.config.recipe import Recipe
 from flows.graph.graph import Graph, load_graph
 from flows.graph.step import Step, digest_of, finished_artifact
 from flows.reporting.terminal import console, moving_bar, summarise_counts
-from tasks.artifacts.artifact import ROOT_LOCK, Artifact
+from tasks.artifacts.artifact import ROOT_LOCK, Artifact, Made
 from tasks.lineage.journal import JOURNALS
 from tasks.lineage.mlflow_store import PipelineRun, Tracking
+from tasks.merge.config import MergeConfig
+from tasks.merge.database import share_of_memory
+from tasks.merge.merge import merge_sources
+from tasks.merge.merge_plan import Files
+from tasks.merge.units import Chunk, run_chunk
 from tasks.progress import Report, report_nothing
 from tasks.tracking import TrackingStore
 
@@ -165,3 +172,50 @@ def watch_stage(title: str, *, already_there: bool = False) -> Iterator[Report]:
                 update_progress_artifact(in_ui, percent, description)
 
         yield report
+
+
+def merge_in_chunks(
+    config: MergeConfig,
+    files: Files,
+    out: Path,
+    report: Report,
+    workers: int,
+    given: Sequence[Path],
+) -> Made:
+    """Merge `files` (source name -> its files) into `out`, without what the merges in `given` have
+    selected.
+
+    With several `workers` every phase is that many tasks, on whatever the flow's task runner has,
+    which must share the artifact's folder; each gets its part of the memory limit and the cores.
+    """
+    if workers == 1:
+        return merge_sources(config, files, out, report, given=given)
+    return merge_sources(
+        *(config, files, out, report),
+        threads=max(1, (os.cpu_count() or 1) // workers),
+        run=_run_as_tasks,  # Spark has a runner of its own
+        chunks=workers,
+        memory_limit=share_of_memory(config.memory_limit, workers),
+        given=given,
+    )
+
+
+def _is_worth_another_try(task: Any, run: Any, state: Any) -> bool:
+    return not isinstance(state.result(raise_on_failure=False), InputError)
+
+
+@task(
+    name="merge-chunk",
+    persist_result=False,
+    retries=2,
+    retry_delay_seconds=5,
+    retry_condition_fn=_is_worth_another_try,
+)
+def merge_chunk(chunk: Chunk) -> list[int]:
+    """Some units of one phase; what is finished of them is not done again."""
+    return list(run_chunk(chunk))
+
+
+def _run_as_tasks(chunks: Sequence[Chunk]) -> Iterator[int]:
+    for future in as_completed([merge_chunk.submit(chunk) for chunk in chunks]):
+        yield from future.result()

@@ -1,5 +1,5 @@
 """Arguments of `score`: models, sets, and where they go in the graph. Not here: opening models
-(tasks/encoders/open_models.py), the flow (flows/score.py)."""
+(tasks/encoders/open_models.py), the flow (flows/pipeline.py)."""
 
 import glob
 from collections.abc import Sequence

@@ -25,8 +25,8 @@ from pydantic import BaseModel, Field
 from evaclip_model.errors import InputError, escape_control
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.image_decoder import UnreadableImageError
-from flows.audit.dataset_replacement import describe_replacement, take_down
 from flows.audit.sample_search import FoundSample, SampleSearch
+from flows.audit.sample_trace import describe_replacement, take_down
 from flows.config.profile import Profile, load_profile
 from tasks.dataset.lists import is_url, read_takedowns, takedowns_digest
 from tasks.embed.search import Wanted

@@ -15,8 +15,7 @@ import webdataset
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import ShardManifest, read_tombstones, skip_tombstones
-from flows.audit.dataset_replacement import take_down
-from flows.audit.sample_trace import trace_sample
+from flows.audit.sample_trace import take_down, trace_sample
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe, load_recipe
 from flows.graph.ancestry import data_trees

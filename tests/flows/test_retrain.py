@@ -23,8 +23,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from evaclip_model.errors import InputError
 from evaclip_model.ports import find_free_port
-from flows.audit.dataset_replacement import take_down
-from flows.audit.sample_trace import trace_sample
+from flows.audit.sample_trace import take_down, trace_sample
 from flows.commands.recipes import FLOWS
 from flows.graph.graph import load_graph
 from flows.graph.incremental import News, describe_new_data, find_new_data

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from evaclip_model.reading.samples import SampleReader, ShardManifest, read_tombstones
-from flows.audit.dataset_replacement import take_down
-from flows.audit.sample_trace import trace_sample
+from flows.audit.sample_trace import take_down, trace_sample
 from flows.config.recipe import load_recipe
 from flows.graph.graph import draw_graph
 from tasks.artifacts.artifact import MANIFEST, Artifact, read_artifacts
