@@ -3,7 +3,7 @@
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.demo import world
+from tasks.demo import demo
 from tasks.demo.demo import read_concepts
 from tests.tasks.demo.plan_metadata import plan_rows, write_metadata
 
@@ -72,10 +72,10 @@ def test_values_include_what_the_published_files_include(written):
 
 def test_the_committed_metadata_is_the_plan_and_follows_the_port(written, tmp_path):
     source, _, paths = written
-    files, rows = world.write_metadata(source, 8923, tmp_path / "same")
+    files, rows = demo.write_metadata(source, 8923, tmp_path / "same")
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in paths]
-    other, _ = world.write_metadata(source, 9001, tmp_path / "other")
+    other, _ = demo.write_metadata(source, 9001, tmp_path / "other")
     planned = plan_rows(source, read_concepts(), 9001)
     assert rows == len(planned)
-    column = world.URL_COLUMNS[source]
+    column = demo.URL_COLUMNS[source]
     assert [row[column] for row in read_rows(other)] == [row.url for row in planned]
