@@ -101,7 +101,7 @@ def classify_images(
     if template.count("{}") != 1:
         raise InputError(f"template '{template}' must hold '{{}}' once, where the label goes")
 
-    from evaclip_model.zeroshot.image_files import image_features, image_files
+    from evaclip_model.zeroshot.encode_chunks import image_features, image_files
 
     files = image_files(images)
     model = open_named_model(model_name, weights, device, precision)
@@ -147,7 +147,7 @@ def embed(
     if bool(images) == (text is not None):
         raise InputError("give images or folders of them, or --text FILE, and not both")
 
-    from evaclip_model.zeroshot import image_files as features
+    from evaclip_model.zeroshot import encode_chunks as features
 
     names, about = _read_lines(text) if text is not None else [], {}
     given = (file for source in images or [] for file in features.image_files(source))

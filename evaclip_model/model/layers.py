@@ -1,7 +1,7 @@
 """The parts both towers are built of: rotary positions (EVA-02, section 2.1), attention and its
 kernels, MLPs, stochastic depth, gradient checkpointing.
 
-Not here: how parts make a block or a tower (vision.py, text.py).
+Not here: how parts make a block or a tower (clip.py).
 
 Shapes: B batch, S tokens or keys, Q queries, H heads, D channels a head, W = H * D channels of a
 tower.

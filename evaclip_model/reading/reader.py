@@ -25,17 +25,19 @@ from torch import Tensor
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
-from evaclip_model.reading.captions import Captions, choose_caption, read_captions
 from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.order import ORDERS, Mixture, Piece
 from evaclip_model.reading.read_worker import Origin, Worker, serve_parts
 from evaclip_model.reading.samples import (
     BrokenShard,
+    Captions,
     MemberFlaw,
     SampleReader,
     Shard,
     ShardManifest,
+    choose_caption,
+    read_captions,
 )
 from evaclip_model.reading.shard_store import ShardStore
 from evaclip_model.reading.transform import Picture, decode_fast, picture_bytes, train_crop

@@ -5,12 +5,16 @@ A shard is a webdataset tar. A sample is members that share a key: an image (`KE
 `IMAGE_EXTENSIONS`), `KEY.txt` (the caption, UTF-8; or another of `CAPTION_EXTENSIONS`) and, where
 whoever made the shard wrote one, `KEY.json` (the record: uid, source, url, sizes, ...). A sample
 that lacks something is flawed and costs itself, not its shard.
+
+Further captions (recaptions, other languages) lie apart from the tar, in a file of gzipped JSON
+Lines, one sample a line: `["KEY", {"NAME": ["CAPTION", ...], ...}]`.
 """
 
+import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from enum import StrEnum
 from functools import partial
 from itertools import groupby, islice
@@ -34,6 +38,12 @@ from evaclip_model.reading.urls import (
     resolve_location,
 )
 
+STORED = "stored"
+"""Name of the caption that lies beside the image, among `caption_weights`."""
+Captions = Mapping[str, Sequence[str]]
+"""Name -> a sample's captions of that name."""
+_STREAM = 2
+"""Sets these draws apart from those of the order."""
 SHARDS = "shards.json"
 """Name of the manifest, in the folder that its shards' paths are relative to."""
 VALIDATION_SHARDS = "validation.json"
@@ -114,7 +124,7 @@ class Shard:
     tombstones: str = Field(default="", pattern=r"^(\d+( \d+)*)?$")
     """The same as numbers between spaces, as manifests had it before there was that file."""
     captions: str = ""
-    """Path of a file of further captions (captions.py), as `path` is; empty: there are none."""
+    """Path of a file of further captions, as `path` is; empty: there are none."""
 
     @field_validator("path")
     @classmethod
@@ -290,8 +300,6 @@ def _read_webdataset(
     from webdataset.handlers import ignore_and_continue
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    from evaclip_model.reading.captions import read_captions  # imports numpy
-
     has_captions = any(shard.captions for shard in shards.values())
     for url in (one["url"] for one in asked):
         shard = shards[url]
@@ -356,3 +364,46 @@ def _read_sample(
         if not isinstance(record, dict):
             record, flaw = {}, flaw or MemberFlaw.UNREADABLE_RECORD
     return Sample(key, image, caption, record, flaw)
+
+
+def read_captions(location: str) -> dict[str, Captions]:
+    """Key in the shard -> captions, of a file or URL that can be read (InputError if not)."""
+    try:
+        with open_binary(location) as raw, gzip.open(raw) as lines:
+            return dict(map(json.loads, lines))
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{location} cannot be read as captions ({error}): make the dataset again"
+        ) from None
+
+
+def write_captions(path: Path, samples: Iterable[tuple[str, Captions]]) -> None:
+    """Write a file, the same bytes for the same captions."""
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_atomically(path, gzip.compress(lines.encode(), compresslevel=3, mtime=0))
+
+
+def choose_caption(
+    stored: str, further: Captions, weights: Mapping[str, float], *, seed: int, position: int
+) -> str:
+    """The caption that a sample is shown with at a position of the training stream.
+
+    `weights` are shares of the draws by name (or `STORED`), in any scale; of a name with several
+    captions any is drawn. Names that the sample lacks are passed over; where it has none of them,
+    the stored caption is shown. The draw depends on `seed` and `position` alone.
+    """
+    there = {
+        name: weight for name, weight in weights.items() if name == STORED or further.get(name)
+    }
+    if not there:
+        return stored
+    import numpy as np  # not where captions are read alone
+
+    draw = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, position, _STREAM))))
+    bounds = np.cumsum(list(there.values()))
+    place = int(np.searchsorted(bounds, draw.random() * bounds[-1], side="right"))
+    name = list(there)[min(place, len(there) - 1)]
+    captions = [stored] if name == STORED else further[name]
+    return captions[int(draw.integers(len(captions)))]

@@ -36,13 +36,9 @@ ONNX_OPSET = 20
 """First with exact GELU as one operator. Attention as one operator (23) is no faster in onnxruntime
 on a CPU, and older runtimes lack it."""
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_config.json")
-_TIMM_NAMES = {
-    "EVA01-CLIP-g-14": "eva_giant_patch14_clip_224",
-    "EVA02-CLIP-B-16": "eva02_base_patch16_clip_224",
-    "EVA02-CLIP-L-14": "eva02_large_patch14_clip_224",
-    "EVA02-CLIP-L-14-336": "eva02_large_patch14_clip_336",
-    "EVA02-CLIP-E-14": "eva02_enormous_patch14_clip_224",
-}
+_FORMS = json.loads(Path(__file__).with_name("export_forms.json").read_text())
+"""Library -> what its config of any model of ours holds, null where the model decides; and timm's
+names of image towers that it has, by ours."""
 _INLINE_BYTES = 1 << 30
 """Largest tower kept inside its graph's file: protobuf ends at 2 GiB."""
 
@@ -197,10 +193,10 @@ def _require_timm(config: VisionConfig, library: Library) -> None:
 
 
 def _timm_name(config: VisionConfig) -> str | None:
-    for name, timm_name in _TIMM_NAMES.items():
+    for name, timm_name in _FORMS["timm names"].items():
         known = ModelConfig.load(name).vision
         if known.model_copy(update={"drop_path": config.drop_path}) == config:
-            return timm_name
+            return str(timm_name)
     return None
 
 
@@ -221,34 +217,24 @@ def _timm_config(model: EvaClip) -> dict[str, Any]:
         "ref_feat_shape": None if reference is None else [reference, reference],
         "init_values": vision.layer_scale_init,
         "use_post_norm": vision.norm_placement == "residual_post",
-        "global_pool": "token",
     }
+    form, classes = _FORMS["timm"], {"num_classes": model.config.embed_dim}
+    pixels = {"input_size": [3, vision.image_px, vision.image_px], "mean": MEAN, "std": STD}
     return {
+        **form,
+        **classes,
         # The arguments give the whole geometry; a name is only where timm starts from.
-        "architecture": _timm_name(vision) or _TIMM_NAMES["EVA02-CLIP-B-16"],
-        "num_classes": model.config.embed_dim,
+        "architecture": _timm_name(vision) or _FORMS["timm names"]["EVA02-CLIP-B-16"],
         "num_features": vision.width,
-        "global_pool": "token",
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "input_size": [3, vision.image_px, vision.image_px],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "mean": MEAN,
-            "std": STD,
-            "num_classes": model.config.embed_dim,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
+        "model_args": form["model_args"] | arguments,
+        "pretrained_cfg": form["pretrained_cfg"] | pixels | classes,
     }
 
 
 def _transformers_config(model: EvaClip) -> dict[str, Any]:
     text = model.config.text
     return {
-        "architectures": ["CLIPTextModelWithProjection"],
-        "model_type": "clip_text_model",
+        **_FORMS["transformers"],
         "vocab_size": text.vocab_size,
         "hidden_size": text.width,
         "intermediate_size": 4 * text.width,
@@ -256,38 +242,25 @@ def _transformers_config(model: EvaClip) -> dict[str, Any]:
         "num_hidden_layers": text.layers,
         "num_attention_heads": text.heads,
         "max_position_embeddings": text.context_length,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
         "bos_token_id": text.vocab_size - 2,
         "eos_token_id": text.vocab_size - 1,
-        "pad_token_id": 0,
         "dtype": str(model.logit_scale.dtype).removeprefix("torch."),
     }
 
 
 def _open_clip_config(model: EvaClip) -> dict[str, Any] | None:
     """open_clip's config; none for an image tower that timm, which builds it there, cannot name."""
-    config = model.config
+    config, form = model.config, _FORMS["open_clip"]
     if (timm_name := _timm_name(config.vision)) is None:
         return None
+    vision = {"image_size": config.vision.image_px, "timm_model_name": timm_name}
     return {
         "model_cfg": {
+            **form["model_cfg"],
             "embed_dim": config.embed_dim,
-            "vision_cfg": {
-                "image_size": config.vision.image_px,
-                "timm_model_name": timm_name,
-                "timm_model_pretrained": False,
-                "timm_pool": "token",
-                "timm_proj": None,
-            },
+            "vision_cfg": form["model_cfg"]["vision_cfg"] | vision,
             "text_cfg": config.text.model_dump(),
-            "custom_text": True,
             **({} if model.logit_bias is None else {"init_logit_bias": model.logit_bias.item()}),
         },
-        "preprocess_cfg": {
-            "mean": MEAN,
-            "std": STD,
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-        },
+        "preprocess_cfg": form["preprocess_cfg"] | {"mean": MEAN, "std": STD},
     }

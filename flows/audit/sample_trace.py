@@ -13,8 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from evaclip_model.reading.captions import Captions, read_captions
-from evaclip_model.reading.samples import SHARDS, ShardManifest
+from evaclip_model.reading.samples import SHARDS, Captions, ShardManifest, read_captions
 from evaclip_model.reading.urls import is_url
 from flows.config.profile import Profile, load_profile
 from flows.graph.ancestry import (

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from evaclip_model.config import Config, refuse_repeated_names
 from evaclip_model.errors import InputError
-from evaclip_model.reading.captions import STORED
+from evaclip_model.reading.samples import STORED
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import BF16_PEAKS, count_parts, peak_flops
 from flows.config.recipe_loader import find_recipe, last_settings, read_recipe

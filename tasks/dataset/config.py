@@ -11,7 +11,7 @@ from pydantic import ByteSize, Field, TypeAdapter, model_validator
 
 from evaclip_model.choices import Precision
 from evaclip_model.config import Config
-from evaclip_model.reading.captions import STORED
+from evaclip_model.reading.samples import STORED
 from tasks.artifacts.artifact import Stage
 
 RULES_IN_FILES = ("evaluation_sets", "blocklists", "keep_uids", "drop_uids")

@@ -1,7 +1,7 @@
 """Sidecars: further captions of samples that are stored already, as people bring them, joined to
 the samples of an index in bounded memory: what does not fit goes to disk.
 
-Not here: drawing one in training (evaclip_model/reading/captions.py).
+Not here: drawing one in training (evaclip_model/reading/samples.py).
 """
 
 import os
@@ -17,8 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.captions import write_captions
-from evaclip_model.reading.samples import MAX_TEXT_BYTES
+from evaclip_model.reading.samples import MAX_TEXT_BYTES, write_captions
 from tasks.dataset.config import CAPTIONS, CaptionKey, CaptionSource
 from tasks.index.sample_index import ADDRESS, SampleIndex, open_database, without_scheme
 from tasks.progress import Report

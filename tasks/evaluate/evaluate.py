@@ -30,8 +30,7 @@ from tasks.encoders.open_models import Identity, identify_model
 from tasks.evaluate.config import ANSWERS, RESULTS, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.encode.distributed import Features
 from tasks.evaluate.encode.encode_features import Cache, answer_features, texts_of
-from tasks.evaluate.metrics.compute import TrainingData, hash_set, seen_in_training
-from tasks.evaluate.metrics.own_metrics import load_metrics
+from tasks.evaluate.metrics.compute import TrainingData, hash_set, load_metrics, seen_in_training
 from tasks.evaluate.metrics.probes import LabelledFeatures, ProbeAnswers, answer_probes
 from tasks.evaluate.metrics.scored import SHOWN, Scored, image_of_caption, labels_of, score_set
 from tasks.evaluate.report.charts import read_curve

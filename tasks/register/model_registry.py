@@ -27,8 +27,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.tokenizer.bundled_assets import bundle_assets
 from evaclip_model.training.config import MODEL_FOLDER
-from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
-from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
+from evaclip_model.weights.checkpoint_files import REFERENCE_FILE, WEIGHTS_FILE, Reference
 from tasks.artifacts.artifact import (
     LINEAGE,
     MANIFEST,

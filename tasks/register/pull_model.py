@@ -16,8 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from evaclip_model.choices import Form, Precision
 from evaclip_model.errors import InputError
-from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
-from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
+from evaclip_model.weights.checkpoint_files import REFERENCE_FILE, WEIGHTS_FILE, Reference
 from tasks.artifacts.artifact import sha256_of
 from tasks.progress import Report, report_nothing
 from tasks.register.model_versions import list_files, open_registry, resolve_version

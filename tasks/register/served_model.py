@@ -28,7 +28,7 @@ from torch import Tensor
 
 import evaclip_model
 from evaclip_model import InputError, decode_image, image_transform, open_model, tokenize
-from evaclip_model.weights.external_weights import at_hand
+from evaclip_model.weights.checkpoint_files import at_hand
 
 IMAGE, TEXT = "image", "text"
 LABELS, OUTPUT, ERRORS = "candidate_labels", "output", "errors"

@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 
 from evaclip_model.create import create_model
+from evaclip_model.zeroshot.encode_chunks import image_features, image_files
 from evaclip_model.zeroshot.exact_ranks import rank_classes, text_classifier
-from evaclip_model.zeroshot.image_files import image_features, image_files
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames, imagenet_templates
 from evaclip_model.zeroshot.statistics import count_hits, wilson_interval
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.captions import choose_caption, read_captions, write_captions
 from evaclip_model.reading.config import SamplingConfig
+from evaclip_model.reading.samples import choose_caption, read_captions, write_captions
 
 FURTHER = {"recap": ["long one", "long two"], "de": ["ein Apfel"]}
 

@@ -16,7 +16,7 @@ import torch
 from evaclip_model import InputError, create_model, load_weights, open_model, save_model
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.weights.checkpoint_files import open_tensors
-from evaclip_model.zeroshot.image_files import image_files
+from evaclip_model.zeroshot.encode_chunks import image_files
 from evaclip_model.zeroshot.set_layout import read_lines
 
 

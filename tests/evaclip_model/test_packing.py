@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from evaclip_model.model import text
-from evaclip_model.model.text import filled_length, group_lengths, pack_captions, pack_padded
+from evaclip_model.model import clip
+from evaclip_model.model.clip import filled_length, group_lengths, pack_captions, pack_padded
 from tests.evaclip_model.small_models import END, small_batch, small_model
 
 CPU = torch.device("cpu")
@@ -74,10 +74,10 @@ def test_packed_captions_have_the_features_and_gradients_of_padded_ones(attentio
     for form in ("packed", "one group a length", "padded"):
         with monkeypatch.context() as patch:
             if form == "padded":
-                name = "evaclip_model.model.text.pack_captions"
+                name = "evaclip_model.model.clip.pack_captions"
                 patch.setattr(name, lambda ids, device: pack_padded(ids))
             elif form == "one group a length":
-                patch.setitem(text.GROUP_COST, "cpu", 0)
+                patch.setitem(clip.GROUP_COST, "cpu", 0)
             model = small_model(precision="fp64", attention=attention)
             features = model.encode_text(tokens)
             (features**2).sum().backward()

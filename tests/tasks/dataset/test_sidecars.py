@@ -14,10 +14,9 @@ import pytest
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading import open_webdataset
-from evaclip_model.reading.captions import read_captions
 from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.reader import BatchReader, ReadSettings
-from evaclip_model.reading.samples import ShardManifest
+from evaclip_model.reading.samples import ShardManifest, read_captions
 from tasks.artifacts.artifact import Artifact
 from tasks.dataset.config import CaptionSource, OutsideFiles
 from tasks.dataset.dataset import Takedowns

@@ -13,7 +13,7 @@ from evaclip_model.errors import InputError
 from flows.graph.graph import evaluate_step
 from tasks.evaluate.config import EvaluateConfig
 from tasks.evaluate.evaluate import evaluate_models
-from tasks.evaluate.metrics.own_metrics import load_metrics
+from tasks.evaluate.metrics.compute import load_metrics
 from tasks.progress import report_nothing
 
 TOP2 = """

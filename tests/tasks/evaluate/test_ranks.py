@@ -158,7 +158,7 @@ def first_block(cache: Path, process: subprocess.Popen[bytes]) -> list[psutil.Pr
         ranks = [
             child
             for child in psutil.Process(process.pid).children(recursive=True)
-            if "tasks.evaluate.encode.encode_worker" in child.cmdline()
+            if "tasks.evaluate.encode.distributed" in child.cmdline()
             and "--" not in child.cmdline()
         ]
         if ranks and any(cache.rglob("*.safetensors")):

@@ -18,7 +18,7 @@ import pytest
 
 from evaclip_model import InputError, open_model
 from evaclip_model.ports import find_free_port
-from evaclip_model.weights.external_weights import Reference
+from evaclip_model.weights.checkpoint_files import Reference
 from tasks.artifacts.artifact import sha256_of
 from tasks.register.config import COPIED, LargeWeights
 from tasks.register.model_registry import reference_to

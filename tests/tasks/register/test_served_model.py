@@ -18,7 +18,7 @@ from PIL import Image
 
 from evaclip_model import InputError, create_model, image_transform, save_model, tokenize
 from evaclip_model.model.clip import EvaClip
-from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
+from evaclip_model.weights.checkpoint_files import REFERENCE_FILE, Reference
 from tasks.artifacts.artifact import sha256_of
 from tasks.register.config import LargeWeights
 from tasks.register.model_registry import (
