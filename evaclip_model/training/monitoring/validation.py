@@ -29,24 +29,8 @@ from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.loss.objective import Objective
 from evaclip_model.training.training_step import number_texts
-from evaclip_model.zeroshot.exact_ranks import (
-    build_classifier,
-    fill_templates,
-    rank_classes,
-    retrieve_images,
-    retrieve_texts,
-)
+from evaclip_model.zeroshot import exact_ranks, set_layout
 from evaclip_model.zeroshot.imagenet_prompts import PLACEHOLDER
-from evaclip_model.zeroshot.set_layout import (
-    CLASSNAMES,
-    TEMPLATES,
-    Span,
-    find_image,
-    find_tars,
-    read_label,
-    read_lines,
-    read_members,
-)
 from evaclip_model.zeroshot.statistics import count_hits, hit_rate
 
 BLOCK = 64
@@ -121,7 +105,10 @@ def validate_model(
     own = torch.arange(len(images))
     images, texts = images.cpu(), texts.cpu()
     figures = {"validation_loss": float(terms.loss)}
-    sides = {"image_to_text": retrieve_texts, "text_to_image": retrieve_images}
+    sides = {
+        "image_to_text": exact_ranks.retrieve_texts,
+        "text_to_image": exact_ranks.retrieve_images,
+    }
     for direction, retrieve in sides.items():
         ranks = retrieve(images, texts, own).ranks
         figures |= {f"validation_{direction}_r{k}": hit_rate(ranks, k) for k in RECALLS}
@@ -163,21 +150,23 @@ class ProbeSet(NamedTuple):
 def open_probe(folder: Path, rank: int, ranks: int) -> ProbeSet:
     """Read every image number `rank`, `rank` + `ranks` ... of a set into memory. Raises InputError
     when the folder holds no such set, or a sample has no image or no class."""
-    found: list[tuple[Span, int]] = []
+    found: list[tuple[set_layout.Span, int]] = []
     try:
-        names = read_lines(folder / CLASSNAMES, "one class name a line")
-        templates = read_lines(folder / TEMPLATES, f"one template with {PLACEHOLDER} a line")
-        for tar in find_tars(folder):
-            for key, members in read_members(tar).items():
+        names = set_layout.read_lines(folder / set_layout.CLASSNAMES, "one class name a line")
+        templates = set_layout.read_lines(
+            folder / set_layout.TEMPLATES, f"one template with {PLACEHOLDER} a line"
+        )
+        for tar in set_layout.find_tars(folder):
+            for key, members in set_layout.read_members(tar).items():
                 where = f"{tar}: sample {key}"
-                image = find_image(members, where)
+                image = set_layout.find_image(members, where)
                 if "cls" not in members:
                     raise InputError(f"{where} has no .cls member, which a probe needs")
-                label = read_label(members["cls"].content, where)
+                label = set_layout.read_label(members["cls"].content, where)
                 if label >= len(names):
                     raise InputError(
-                        f"{where} has label {label}, but {folder / CLASSNAMES} names {len(names)} "
-                        "classes, counted from 0"
+                        f"{where} has label {label}, but {folder / set_layout.CLASSNAMES} names "
+                        f"{len(names)} classes, counted from 0"
                     )
                 found.append((image.span, label))
     except InputError as error:
@@ -198,9 +187,9 @@ def run_probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
     """
     was_training = model.training
     model.eval()
-    prompts = fill_templates(part.classnames, part.templates)
+    prompts = exact_ranks.fill_templates(part.classnames, part.templates)
     features = _encode_texts(model, prompts, PROMPTS_BLOCK)
-    classifier = build_classifier(features.cpu(), part.classnames)
+    classifier = exact_ranks.build_classifier(features.cpu(), part.classnames)
     right = torch.zeros(3, dtype=torch.float64)
     right[2] = len(part.images)
     # A logit that is not finite would rank every answer first.
@@ -208,7 +197,7 @@ def run_probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
         some = slice(first, first + BLOCK)
         features, labels = _encode_images(model, part.images[some], part.labels[some])
         if len(labels):
-            ranks = rank_classes(features, classifier, labels).ranks
+            ranks = exact_ranks.rank_classes(features, classifier, labels).ranks
             right[0] += count_hits(ranks, 1)
             right[1] += count_hits(ranks, 5)
     model.train(was_training)

@@ -31,13 +31,6 @@ from tasks.evaluate.report.charts import (
 from tasks.evaluate.report.findings import Figure, Findings
 from tasks.evaluate.report.numbers import format_interval, format_percent, format_points
 from tasks.evaluate.report.paper_form import paper_tables
-from tasks.evaluate.report.tables import (
-    SURE,
-    TABLES,
-    compared_pairs,
-    count_sets_and_images,
-    count_verdicts,
-)
 from tasks.evaluate.report.templates import TEMPLATES
 
 FAMILIES = {"EVA": "eva", "OpenAI": "openai", "Open": "open"}
@@ -205,7 +198,7 @@ def headline_tiles(found: Findings) -> list[Tile]:
     whole."""
     whole = [
         table
-        for table in TABLES
+        for table in tables.TABLES
         if (average := found.table_average(table, found.subject)) and not average["missing"]
     ]
     if len(found.sets) <= SETS_IN_FULL or not whole:
@@ -220,7 +213,7 @@ def headline_tiles(found: Findings) -> list[Tile]:
 def summary_sentences(found: Findings) -> list[str]:
     """The evaluation in sentences; what they say is in `sentences.txt.j2`."""
     averages, others, seen = [], [], []
-    for table, title in TABLES.items():
+    for table, title in tables.TABLES.items():
         if average := found.table_average(table, found.subject):
             verdicts = [
                 one.paper.get("verdict") for one in _paper_figures(found, table, found.subject)
@@ -237,8 +230,8 @@ def summary_sentences(found: Findings) -> list[str]:
                 }
             )
     for other in found.others:
-        tests = [one for *_, one in compared_pairs(found, other, headlines_only=True)]
-        sure = [one["difference"] > 0 for one in tests if one["p"] < SURE]
+        tests = [one for *_, one in tables.compared_pairs(found, other, headlines_only=True)]
+        sure = [one["difference"] > 0 for one in tests if one["p"] < tables.SURE]
         better, worse = sure.count(True), sure.count(False)
         others.append({"name": other, "tests": len(tests), "better": better, "worse": worse})
     for key in found.sets:
@@ -248,12 +241,12 @@ def summary_sentences(found: Findings) -> list[str]:
     said = TEMPLATES.get_template("sentences.txt.j2").render(
         found=found,
         about=found.describe_model(found.subject),
-        extent=count_sets_and_images(found),
+        extent=tables.count_sets_and_images(found),
         failed=[found.set_name(one) for one in found.failed],
-        counts=count_verdicts(found, found.subject),
+        counts=tables.count_verdicts(found, found.subject),
         averages=averages,
         others=others,
-        sure=str(SURE),
+        sure=str(tables.SURE),
         seen=[{"name": name, "share": format_percent(share)} for share, name in seen],
         warnings=[n for key in found.sets if (n := len(found.describe_set(key)["warnings"]))],
     )
@@ -314,4 +307,4 @@ def _average_tile(found: Findings, table: str) -> Tile:
         facts.append(("published", f"{reference:.1f} %"))
     if average["delta"] is not None:
         facts.append(("gap Δ", format_points(average["delta"])))
-    return Tile(f"Average of {TABLES[table]}", f"{average['value']:.1f} %", facts)
+    return Tile(f"Average of {tables.TABLES[table]}", f"{average['value']:.1f} %", facts)

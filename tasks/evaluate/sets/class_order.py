@@ -20,13 +20,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading.urls import read_text
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
 from evaclip_model.zeroshot.set_layout import read_lines
-from tasks.evaluate.sets.prompts import (
-    find_classnames,
-    find_templates,
-    imagenet_synsets,
-    require_placeholder,
-    subset_classes,
-)
+from tasks.evaluate.sets import prompts
 from tasks.evaluate.sets.set_registry import KnownSet, NameSource, PromptSource
 
 NO_TEMPLATES = "none"
@@ -101,9 +95,9 @@ class Words:
         for source in get_args(PromptSource):
             if chosen == source != "dataset":
                 key = self.known.key if self.known else "new"
-                return find_templates(key, source, self.known, Path())
+                return prompts.find_templates(key, source, self.known, Path())
         lines = read_lines(Path(chosen), "one prompt template with {c} a line")
-        return require_placeholder(lines, chosen)
+        return prompts.require_placeholder(lines, chosen)
 
 
 @dataclass(frozen=True)
@@ -127,7 +121,7 @@ def read_class_names(chosen: str, known: KnownSet | None) -> ClassNameList:
     """
     for source in get_args(NameSource):
         if chosen == source != "dataset":
-            names = find_classnames(known.key if known else "new", source, known, Path())
+            names = prompts.find_classnames(known.key if known else "new", source, known, Path())
             return ClassNameList(names, source)
     path = Path(chosen)
     if path.suffix == ".json":
@@ -294,7 +288,7 @@ def _by_words_of_list(source: _SourceClasses, chosen: ClassNameList) -> ClassOrd
 def _by_number(source: _SourceClasses, listed: ClassNameList) -> ClassOrder:
     numbers = {word: int(word) for word in source.words}
     low, high, count = min(numbers.values()), max(numbers.values()), len(listed.names)
-    subset, first = subset_classes(source.known), source.first
+    subset, first = prompts.subset_classes(source.known), source.first
     if subset and high >= count and {*numbers.values()} <= {*subset}:
         return ClassOrder(listed.names, {word: subset.index(n) for word, n in numbers.items()})
     said = f"{source.where}: its classes are numbers from"
@@ -326,7 +320,7 @@ def _by_synset(source: _SourceClasses, chosen: ClassNameList | None) -> ClassOrd
     """Labels of WordNet ids; None where the words are others."""
     if not all(map(_SYNSET.fullmatch, source.words)):
         return None
-    imagenet = dict(zip(imagenet_synsets(), imagenet_classnames(), strict=True))
+    imagenet = dict(zip(prompts.imagenet_synsets(), imagenet_classnames(), strict=True))
     places = {synset: label for label, synset in enumerate(imagenet)}
     unknown = next((word for word in source.words if word not in places), None)
     if unknown and chosen is None:
@@ -342,7 +336,7 @@ def _by_synset(source: _SourceClasses, chosen: ClassNameList | None) -> ClassOrd
         return ClassOrder(names, {word: label for label, word in enumerate(ranked)})
     if chosen.names == tuple(imagenet.values()):
         return ClassOrder(chosen.names, {word: places[word] for word in source.words})
-    subset = [imagenet_synsets()[index] for index in subset_classes(source.known)]
+    subset = [prompts.imagenet_synsets()[index] for index in prompts.subset_classes(source.known)]
     of_its_size = (ids for ids in (ranked, subset, [*imagenet]) if len(ids) == len(chosen.names))
     ids = next(of_its_size, [])
     if not {*source.words} <= {*ids}:
