@@ -9,13 +9,11 @@ from flows.config.recipe import Recipe
 from flows.graph.graph import adopt_step, draw_graph
 from flows.graph.incremental import News, describe_new_data, find_new_data, new_adopt_step
 from tasks.adopt.config import AdoptConfig
-from tasks.artifacts.artifact import Address, Made, Role, produce_artifact
+from tasks.artifacts.artifact import Role
 from tasks.index.adopted_shards import read_adopted
 from tasks.progress import report_nothing
-from tasks.register.config import STAGE as REGISTER
-from tasks.register.promotion import DIGEST_TAG, carry_out, write_decision
 from tasks.tracking import TrackingStore
-from tests.flows.test_attempts import FIRST, NAME, RECIPE, hash_marks, make_artifact
+from tests.flows.test_attempts import RECIPE, make_artifact, make_champion
 from tests.tasks.adopt.test_adopt import pack, stranger, write_pictures
 
 
@@ -48,17 +46,7 @@ def test_new_shards_and_pictures_are_adopted_and_the_old_ones_are_not(tmp_path: 
     profile = Profile(_env_file=None, root=root)
     adopted = adopt_step(site, adopt).make_artifact(profile, report_nothing)
     verify = make_artifact(root, "verify", {Role.ADOPT: adopted.digest})
-    dataset = make_artifact(root, "dataset", {Role.DATA: verify.digest})
-    train = make_artifact(root, "train", {Role.DATASET: dataset.digest})
-    client = store.client()
-    client.create_registered_model(NAME)
-    client.create_model_version(NAME, "file:///nothing", tags={DIGEST_TAG: train.digest})
-    made_from = {Role.TRAINED: train.digest, Role.TRACKING: hash_marks([store.uri])}
-    produce_artifact(
-        Address.of(root, REGISTER, recipe.registry, made_from),
-        lambda out: Made({"version": 1}, write_decision(store, NAME, 1, FIRST, out)),
-    )
-    assert carry_out(store, recipe.registry, 1, FIRST)
+    make_champion(recipe, root, store, verify)
     assert look_for_news(recipe, root).is_nothing
 
     pack(tmp_path / "shards/1.tar", [stranger(number) for number in range(20, 28)])

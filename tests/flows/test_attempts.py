@@ -38,6 +38,21 @@ def make_artifact(root: Path, kind: str, parents: Mapping[str, str]) -> Artifact
     return produce_artifact(address, lambda out: Made({"selected": 1}, ()))
 
 
+def make_champion(recipe: Recipe, root: Path, store: TrackingStore, verify: Artifact) -> None:
+    """A first model of verified data, from dataset to registration, that is champion."""
+    dataset = make_artifact(root, "dataset", {Role.DATA: verify.digest})
+    train = make_artifact(root, "train", {Role.DATASET: dataset.digest})
+    client = store.client()
+    client.create_registered_model(NAME)
+    client.create_model_version(NAME, "file:///nothing", tags={DIGEST_TAG: train.digest})
+    made_from = {Role.TRAINED: train.digest, Role.TRACKING: hash_marks([store.uri])}
+    produce_artifact(
+        Address.of(root, REGISTER, recipe.registry, made_from),
+        lambda out: Made({"version": 1}, write_decision(store, NAME, 1, FIRST, out)),
+    )
+    assert carry_out(store, recipe.registry, 1, FIRST)
+
+
 def find_news(root: Path) -> News:
     """What is new where no source has any file."""
     store = TrackingStore.at(f"sqlite:///{root}/mlflow.db", "e")
@@ -55,17 +70,7 @@ def root(tmp_path: Path) -> Path:
     merge = make_artifact(root, "merge", {})
     download = make_artifact(root, "download", {Role.MERGE: merge.digest})
     verify = make_artifact(root, "verify", {Role.DOWNLOAD: download.digest})
-    dataset = make_artifact(root, "dataset", {Role.DATA: verify.digest})
-    train = make_artifact(root, "train", {Role.DATASET: dataset.digest})
-    client = store.client()
-    client.create_registered_model(NAME)
-    client.create_model_version(NAME, "file:///nothing", tags={DIGEST_TAG: train.digest})
-    made_from = {Role.TRAINED: train.digest, Role.TRACKING: hash_marks([store.uri])}
-    produce_artifact(
-        Address.of(root, REGISTER, RECIPE.registry, made_from),
-        lambda out: Made({"version": 1}, write_decision(store, NAME, 1, FIRST, out)),
-    )
-    assert carry_out(store, RECIPE.registry, 1, FIRST)
+    make_champion(RECIPE, root, store, verify)
     return root
 
 

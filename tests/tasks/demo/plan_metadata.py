@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from tasks.demo.config import DemoConfig
 from tasks.demo.demo import DATA, Concept, read_concepts
+from tests.tasks.merge.metadata import COYO_700M, LAION_2B
 
 Source = Literal["laion2b", "coyo700m"]
 ARTIST_OF: dict[Source, Literal["noto", "fluent"]] = {"laion2b": "noto", "coyo700m": "fluent"}
@@ -78,39 +79,6 @@ NOT_HTTP = (
     "http://",
 )
 """URLs that no downloader may fetch."""
-LAION_SCHEMA = pa.schema(
-    [
-        ("SAMPLE_ID", pa.int64()),
-        ("URL", pa.string()),
-        ("TEXT", pa.string()),
-        ("HEIGHT", pa.int32()),
-        ("WIDTH", pa.int32()),
-        ("LICENSE", pa.string()),
-        ("NSFW", pa.string()),
-        ("similarity", pa.float64()),
-    ]
-)
-COYO_SCHEMA = pa.schema(
-    [
-        ("id", pa.int64()),
-        ("url", pa.string()),
-        ("text", pa.string()),
-        ("width", pa.int64()),
-        ("height", pa.int64()),
-        ("image_phash", pa.string()),
-        ("text_length", pa.int64()),
-        ("word_count", pa.int64()),
-        ("num_tokens_bert", pa.int64()),
-        ("num_tokens_gpt", pa.int64()),
-        ("num_faces", pa.int64()),
-        ("clip_similarity_vitb32", pa.float64()),
-        ("clip_similarity_vitl14", pa.float64()),
-        ("nsfw_score_opennsfw2", pa.float64()),
-        ("nsfw_score_gantman", pa.float64()),
-        ("watermark_score", pa.float64()),
-        ("aesthetic_score_laion_v2", pa.float64()),
-    ]
-)
 PARTS: dict[Source, int] = {"laion2b": 2, "coyo700m": 1}
 """Files per source; the published collections have 128 each."""
 NSFW_TAG = {"safe": "UNLIKELY", "unsure": "UNSURE", "unsafe": "NSFW", None: None}
@@ -348,8 +316,8 @@ def coyo_columns(row: DemoRow, number: int) -> dict[str, Any]:
 
 
 WRITTEN_AS: Mapping[Source, tuple[pa.Schema, Callable[[DemoRow, int], dict[str, Any]]]] = {
-    "laion2b": (LAION_SCHEMA, laion_columns),
-    "coyo700m": (COYO_SCHEMA, coyo_columns),
+    "laion2b": (LAION_2B, laion_columns),
+    "coyo700m": (COYO_700M, coyo_columns),
 }
 
 
