@@ -77,8 +77,8 @@ test-crash-table: $(VENV)/.dev ## kill, cancel and cut off a training that a wor
 test-launch: $(VENV)/.dev ## kill -9 of every launcher, preempted Slurm jobs, ranks that embed, MLflow away for a while (6 min)
 	@$(PY) -m pytest -m slow tests/tasks/train tests/tasks/lineage tests/tasks/embed
 
-test-retrain: $(VENV)/.dev ## three weeks of retraining with kill -9, link rot, a takedown and a bad week; approval by a person (5 min)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/flows/test_retrain.py tests/flows/test_approval.py
+test-retrain: $(VENV)/.dev ## three weeks of retraining with kill -9, link rot, a takedown and a bad week; by rising noise that the champion takes out; approval by a person (8 min)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/flows/test_retrain.py tests/flows/test_flywheel.py tests/flows/test_approval.py
 
 test-restore: $(VENV)/.dev ## the root of `make up` copied, lost, and restored under another path (2 min)
 	@$(PY) -m pytest -m slow tests/infra/test_restore.py

@@ -186,10 +186,10 @@ def score_images(config: ScoreImagesConfig, verified: Path, out: Path, report: R
             "from tasks.score_images.config import ScoreImagesConfig\n",
         ),
         replaced(
-            "    dataset = dataset_step(site, recipe.dataset, data, embed, recipe.captions)\n",
+            "    dataset = dataset_step(site, rules, data, embed, recipe.captions, judged)\n",
             "    if recipe.score_images is not None:\n"
             "        data = score_images_step(site, recipe.score_images, data)\n"
-            "    dataset = dataset_step(site, recipe.dataset, data, embed, recipe.captions)\n",
+            "    dataset = dataset_step(site, rules, data, embed, recipe.captions, judged)\n",
         ),
         replaced(
             "\n\ndef dataset_step(",

@@ -21,7 +21,7 @@ from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import BF16_PEAKS, count_parts, peak_flops
 from flows.config.recipe_loader import find_recipe, last_settings, read_recipe
 from tasks.adopt.config import AdoptConfig
-from tasks.dataset.config import CaptionSource, DatasetConfig
+from tasks.dataset.config import CaptionSource, DatasetConfig, ScoreRules
 from tasks.demo.config import DemoConfig
 from tasks.download.config import DownloadConfig
 from tasks.embed.config import EmbedConfig
@@ -62,7 +62,7 @@ class Published(Config):
         return gpus
 
 
-class RetrainConfig(Config):
+class RetrainConfig(ScoreRules):
     """The `[retrain]` table: how training goes on from the champion when there is new data."""
 
     stages: tuple[str, ...] = ()
@@ -132,6 +132,12 @@ class Recipe(Config):
         return _require_table(self.register_table, "register")
 
     @property
+    def judging_rules(self) -> DatasetConfig:
+        """The rules of `[dataset]` with those of `[retrain]`, for what a champion judges."""
+        judge = self.retrain.model_dump(include=set(ScoreRules.ADDED))
+        return self.dataset.model_copy(update=judge)
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """Names of all sources, those of metadata first."""
         tables = [table for table in (self.merge_table, self.adopt) if table]
@@ -161,6 +167,9 @@ class Recipe(Config):
                 "dataset.min_score, keep_share, semantic_duplicates and near_evaluation judge by "
                 "scores and features: add an [embed] table"
             )
+        if self.retrain.asks_scores and self.dataset.asks_scores:
+            both = "have a model judge all data, those of [retrain] the champion what is new"
+            raise ValueError(f"dataset.min_score and keep_share {both}: leave out one of the two")
         if self.register_table is not None and self.evaluate_table is None:
             raise ValueError("[register] needs [evaluate]: the gate judges by its figures")
         sets = [one.name for one in self.evaluate_table.sets] if self.evaluate_table else []

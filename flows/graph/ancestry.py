@@ -272,7 +272,8 @@ def _tree_branches(
 
 
 def _node_line(node: Node, role: str) -> str:
-    named = f"{role}: {node.title}" if role and role != node.kind else node.title
+    named = f"{node.title} {node.model}".rstrip()
+    named = f"{role}: {named}" if role and role != node.kind else named
     told = summarise_counts(node.counts)
     return f"{named} {node.digest}  {node.created[:16].replace('T', ' ')}  {told}".rstrip()
 

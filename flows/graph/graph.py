@@ -75,6 +75,8 @@ from tasks.verify.config import STAGE as VERIFY, VerifyConfig
 BYTES_PER_PARAMETER_SAVED = 4 + 8  # a checkpoint: fp32 weights and two moments
 TRAINED, UNTRAINED, CHAMPION = "trained", "untrained", "champion"
 """What models are called in an evaluation."""
+Judged = Sequence[Step | Artifact | None]
+"""Features of each part of the data by which champions judge it; None where there was none yet."""
 
 
 @dataclass(frozen=True)
@@ -218,10 +220,13 @@ def model_steps(
     start: Step | Artifact,
     stages: Sequence[TrainConfig],
     beside: Beside,
+    judged: Judged = (),
 ) -> Graph:
-    """From data (a verification or a join) and a model to start from to a registered model."""
+    """From data (a verification or a join) and a model to start from to a registered model; of what
+    champions have `judged`, part by part, the rules of `[retrain]` choose."""
     embed = embed_steps(site, recipe.embed, data) if recipe.embed else ()
-    dataset = dataset_step(site, recipe.dataset, data, embed, recipe.captions)
+    rules = recipe.judging_rules if judged else recipe.dataset
+    dataset = dataset_step(site, rules, data, embed, recipe.captions, judged)
     train: list[Step] = []
     for stage in stages:
         train.append(train_step(site, stage, train[-1] if train else start, dataset))
@@ -405,9 +410,11 @@ def dataset_step(
     data: Step | Artifact,
     embed: Sequence[Step] = (),
     captions: Sequence[CaptionSource] = (),
+    judged: Judged = (),
 ) -> Step:
-    """A dataset version; of `embed` the first model's features decide, if a rule asks them. One by
-    features and scores is made from that by features, which other thresholds share."""
+    """A dataset version; of `embed` the first model's features decide, if a rule asks them, or of
+    each part of the data those by which it was `judged`. One by features and scores is made from
+    that by features, which other thresholds share."""
     marks = OutsideMarks(site.demo)
     inputs: dict[str, Input] = {Role.DATA: data}
     rules: dict[str, tuple[str, ...]] = {name: getattr(config, name) for name in RULES_IN_FILES}
@@ -420,12 +427,13 @@ def dataset_step(
             found += said if name == "captions" else ()
             inputs[name] = ABSENT if ABSENT in found else hash_marks(found)
     asks_seen = config.asks_scores or config.asks_features
-    seen = embed[: len(verifications_in(data))] if asks_seen else ()
+    seen = embed[: len(verifications_in(data))] if asks_seen and not judged else ()
     base, by_features = None, config.without_scores()
     if config.asks_features and (captions or config != by_features):
         step = dataset_step(site, by_features, data, embed)
         base = inputs[Role.BASE] = replace(step, title=f"{DATASET.name} by features")
-    inputs |= {f"{Role.SCORES}{number:04d}": one for number, one in enumerate(seen)}
+    role, found_by = (Role.JUDGED, judged) if judged else (Role.SCORES, seen)
+    inputs |= {f"{role}{number:04d}": one for number, one in enumerate(found_by) if one}
     plain = Step(site.root, DATASET, config, dict(inputs), work=_not_run)
     entries: tuple[str, ...] = ()
     try:
@@ -454,7 +462,8 @@ def dataset_step(
             asked = sort_takedowns(entries)
             before = plain.folder if plain.is_finished else None
             takedowns = Takedowns(entries, lambda index: find_asked(index, asked), before)
-        known = describe_seen(site, seen, data, profile) if seen else None
+        known = describe_judged(judged, data) if judged else None
+        known = describe_seen(site, seen, data, profile) if seen else known
         chosen = base.folder if base else None
         return make_dataset(config, ancestors, outside, takedowns, out, report, known, chosen)
 
@@ -474,12 +483,21 @@ def describe_seen(
     config = EmbedConfig.model_validate(embed[0].config)
     model, _ = find_model(site, OutsideMarks(site.demo), config.models[0])
     return Seen(
-        read_scores(folders),
+        read_scores(folders)[0],
         find_features(folders),
         lambda: fetch_models({model: model}, profile)[model],
         config.precision,
         profile.machine.device,
     )
+
+
+def describe_judged(judged: Judged, data: Step | Artifact) -> Seen:
+    """Return the scores that champions gave, each to a part of the data."""
+    from tasks.embed.embed import read_scores
+
+    pairs = zip(judged, verifications_in(data), strict=True)
+    scores, parts = read_scores([(one.folder if one else None, of.folder) for one, of in pairs])
+    return Seen(scores, (), parts=parts)
 
 
 def initialise_step(site: Site, config: InitialiseConfig) -> Step:

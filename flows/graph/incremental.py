@@ -23,6 +23,7 @@ from flows.graph.graph import (
     Beside,
     Graph,
     adopt_step,
+    embed_step,
     initialise_step,
     join_step,
     merge_step,
@@ -35,6 +36,8 @@ from tasks.adopt.adopt import read_inputs as read_taken
 from tasks.adopt.config import STAGE as ADOPT
 from tasks.adopt.find_source import find_source, without_known
 from tasks.artifacts.artifact import Artifact, Role, Stage, read_artifacts
+from tasks.embed.config import EmbedConfig
+from tasks.initialise.config import REGISTRY
 from tasks.merge.config import STAGE as MERGE, MergeConfig
 from tasks.merge.merge import read_inputs
 from tasks.merge.metadata_files import mark_of
@@ -84,6 +87,8 @@ class News:
     """Of them, those that no attempt has used yet."""
     files: Mapping[str, Found]
     """Source -> its new files, of metadata or to adopt."""
+    judged: Mapping[str, Artifact]
+    """Digest of a verification -> the features of it by which the first attempt chose."""
 
     @property
     def is_first(self) -> bool:
@@ -133,7 +138,14 @@ def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejec
     used, set_aside = _sort_out_parts(store, recipe, attempts, base, keep_rejected)
     start, last = base.trained if base else None, attempts[-1] if attempts else None
     files = _new_files(recipe, graph, known)
-    return News(champion, start, last, used, set_aside, known, waiting, files)
+    judged = {
+        features.parents[Role.DATA]: features
+        for attempt in (reversed(attempts) if recipe.retrain.asks_scores else ())
+        for dataset in [parent_of(attempt.trained, Role.DATASET, artifacts)]
+        for role in (role for role in dataset.parents if role.startswith(Role.JUDGED))
+        for features in [parent_of(dataset, role, artifacts)]
+    }
+    return News(champion, start, last, used, set_aside, known, waiting, files, judged)
 
 
 def new_adopt_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
@@ -186,16 +198,34 @@ def draw_retraining(
     """The recipe's graph with the `verified` data and another beginning; without a champion the
     model is evaluated beside what it starts from."""
     data = join_step(graph.site, verified) if len(verified) > 1 else verified[0]
+    judged = _judge_parts(recipe, graph, news, verified) if recipe.retrain.asks_scores else ()
     first = initialise_step(graph.site, recipe.initialise)
     stages = recipe.retraining_stages() if news.start else recipe.train
     beside = champion or untrained_model(first)
-    return model_steps(graph.site, recipe, data, news.start or first, stages, beside)
+    return model_steps(graph.site, recipe, data, news.start or first, stages, beside, judged)
+
+
+def _judge_parts(
+    recipe: Recipe, graph: Graph, news: News, verified: Sequence[Step | Artifact]
+) -> list[Step | Artifact | None]:
+    """A champion's features of every part, the present one's of what is new; None of what was
+    trained on without a judgement. Empty where nobody judges anything."""
+    used, found = {part.digest for part in news.used}, list[Step | Artifact | None]()
+    for part in verified:
+        judge: Step | Artifact | None = news.judged.get(part.digest)
+        if judge is None and news.champion and part.digest not in used:
+            spec = f"{REGISTRY}{recipe.registry.model_name}/{news.champion.version}"
+            judge = embed_step(graph.site, EmbedConfig(models=(spec,)), spec, part)
+        found.append(judge)
+    return found if any(found) else []
 
 
 def describe_new_data(news: News, recipe: Recipe) -> Iterator[str]:
     name = recipe.registry.model_name
     if news.last is None:
         yield f"nothing was trained as {name} yet: all data is new"
+        if recipe.retrain.asks_scores:
+            yield "judged by   nobody: there is no champion yet, so no sample is scored"
         return
     champion = f"{name}/{news.champion.version}" if news.champion else "no version"
     yield f"champion    {champion}"
@@ -206,6 +236,8 @@ def describe_new_data(news: News, recipe: Recipe) -> Iterator[str]:
         shards = rows_of(of_kind(ADOPT, news.waiting))
         what = f"{rows:,} rows that were merged" if rows else f"{shards:,} shards that were adopted"
         yield f"waiting     {what} and not trained on yet"
+    if recipe.retrain.asks_scores and news.champion:
+        yield f"judged by   {champion}: what is new"
     yield from (f"set aside   {sentence}" for sentence in news.set_aside)
     if news.is_nothing:
         taken = sum(len(marks) for one in news.known for marks in _files_of(one).values())

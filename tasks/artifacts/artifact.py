@@ -54,6 +54,8 @@ class Role:
     """Of a join, with four digits behind."""
     SCORES = "scores"
     """Features whose scores decide, with four digits behind."""
+    JUDGED = "judged"
+    """Likewise, of those parts of a retraining's data that a champion has judged."""
     BASE = "base"
     """The dataset version whose choice is taken over."""
     DATASET = "dataset"
@@ -274,6 +276,8 @@ class Node(Config):
     kind: str
     name: str = ""
     """Of the stage, where a recipe has several of its kind."""
+    model: str = ""
+    """Of features: what made them, whose weights alone their address knows."""
     digest: str
     created: str
     parents: dict[str, str]
@@ -293,9 +297,11 @@ class Node(Config):
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> Self:
-        name = artifact.config.get("name")
-        fields = artifact.model_dump(include=cls.model_fields.keys() - {"name"})
-        return cls(name=name if isinstance(name, str) else "", **fields)
+        name, model = artifact.config.get("name"), ""
+        if artifact.kind == "embed":
+            model = json.loads((artifact.folder / "report.json").read_text())["model"]
+        fields = artifact.model_dump(include=cls.model_fields.keys() - {"name", "model"})
+        return cls(name=name if isinstance(name, str) else "", model=model, **fields)
 
 
 class Lineage(Config):

@@ -25,16 +25,9 @@ import pyarrow.compute as pc
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import IMAGE_EXTENSIONS
 from evaclip_model.reading.tar_file import BrokenTar, TarReader
-from tasks.dataset.config import DatasetConfig, OutsideFiles
+from tasks.dataset.config import DatasetConfig, OutsideFiles, Seen
 from tasks.dataset.lists import SHA256, is_url, read_hashes
-from tasks.dataset.scores import (
-    Scores,
-    count_scores,
-    find_listed,
-    find_low_scores,
-    read_uids,
-    uids_of_rows,
-)
+from tasks.dataset.scores import count_scores, find_listed, find_low_scores, read_uids, uids_of_rows
 from tasks.index.perceptual_hash import Hashes, KnownHashes, hash_images, near_pairs
 from tasks.index.sample_index import Ints, Kind, SampleIndex, ShardVerdict
 
@@ -183,21 +176,22 @@ def leave_out_low_scores(
     index: SampleIndex,
     verdicts: Sequence[ShardVerdict],
     config: DatasetConfig,
-    scores: Scores,
+    seen: Seen,
 ) -> dict[str, list[int]]:
     """Apply the rules of scores to what all others leave; of that, by source, how many samples have
     a score in each of the equal parts of -1 to 1."""
     of_shards = [verdict.shard.source if verdict.shard else "" for verdict in verdicts]
     names, numbers = np.unique(of_shards, return_inverse=True)
-    stays, sources = ~choice.left_out, np.repeat(numbers, [v.stored for v in verdicts])
+    sources = np.repeat(numbers, [verdict.stored for verdict in verdicts])
+    stays = ~choice.left_out & ~np.isnan(seen.scores)
     low = find_low_scores(
-        *(scores, stays, sources),
+        *(seen.scores, stays, sources + len(names) * seen.parts),
         min_score=config.min_score,
         keep_share=config.keep_share,
         uids_of=partial(uids_of_rows, index),
     )
     choice.leave_out(low, LeftOutReason.LOW_SCORE)
-    counts = count_scores(scores[stays], sources[stays], len(names))
+    counts = count_scores(seen.scores[stays], sources[stays], len(names))
     return {str(name): row.tolist() for name, row in zip(names, counts, strict=True) if row.any()}
 
 

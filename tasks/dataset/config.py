@@ -87,13 +87,33 @@ class Seen:
     """Returns what opens it."""
     precision: Precision = "fp32"
     device: str = "cpu"
+    parts: npt.NDArray[np.int64] | int = 0
+    """Number of every row's part, where each was scored by itself and a share is of each."""
 
 
-class DatasetConfig(Config):
+class ScoreRules(Config):
+    """What is left out by a model's scores: of `[dataset]` by the first one's of `[embed]`, of
+    `[retrain]` by the champion's, which judges what is new, once."""
+
+    ADDED: ClassVar[tuple[str, ...]] = ("min_score", "keep_share")
+
+    min_score: float | None = Field(None, ge=-1, le=1)
+    """Samples whose image and caption are less alike are left out."""
+    keep_share: float | None = Field(None, gt=0, le=1)
+    """Of each source this share of what all other rules leave is used: the best scores and, among
+    equal ones, the first uids."""
+
+    @property
+    def asks_scores(self) -> bool:
+        """Return whether a rule needs scores."""
+        return self.min_score is not None or self.keep_share is not None
+
+
+class DatasetConfig(ScoreRules):
     """The `[dataset]` table."""
 
     ADDED: ClassVar[tuple[str, ...]] = (
-        *("keep_uids", "drop_uids", "min_score", "keep_share"),
+        *("keep_uids", "drop_uids", *ScoreRules.ADDED),
         *("semantic_duplicates", "near_evaluation", "validation_share"),
     )
 
@@ -121,12 +141,6 @@ class DatasetConfig(Config):
     used."""
     drop_uids: tuple[str, ...] = ()
     """Lists of the same forms: samples in them are not used."""
-    min_score: float | None = Field(None, ge=-1, le=1)
-    """Samples whose image and caption are less alike, by the first model of `[embed]`, are left
-    out."""
-    keep_share: float | None = Field(None, gt=0, le=1)
-    """Of each source this share of what all other rules leave is used: the best scores and, among
-    equal ones, the first uids."""
     takedowns: tuple[str, ...] = ()
     """Text files with one URL, uid or SHA-256 a line: samples that may be used no longer, and
     all samples with the same image."""
@@ -141,11 +155,6 @@ class DatasetConfig(Config):
     def asks_features(self) -> bool:
         """Return whether a rule needs the features of `[embed]`."""
         return self.semantic_duplicates is not None or self.near_evaluation is not None
-
-    @property
-    def asks_scores(self) -> bool:
-        """Return whether a rule needs the scores of `[embed]`."""
-        return self.min_score is not None or self.keep_share is not None
 
     @property
     def memory_bytes(self) -> int:

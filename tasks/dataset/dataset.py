@@ -108,7 +108,7 @@ def make_dataset(
     if takedowns.before is not None:
         scored = json.loads((takedowns.before / REPORT).read_text()).get("scores", {})
     elif seen is not None:
-        scored = leave_out_low_scores(choice, index, verdicts, config, seen.scores)
+        scored = leave_out_low_scores(choice, index, verdicts, config, seen)
     report(1, 3, "takedowns")
     if takedowns.find is not None:
         choice.leave_out(takedowns.find(index), LeftOutReason.TAKEDOWN)

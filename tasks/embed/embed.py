@@ -109,19 +109,23 @@ def find_features(parts: Sequence[tuple[Path, Path]]) -> list[tuple[Path, int]]:
     return found
 
 
-def read_scores(parts: Sequence[tuple[Path, Path]]) -> npt.NDArray[np.float32]:
-    """Similarity of image and caption of every row of an index, NaN where a sample is flawed; of
-    `parts` as `find_features` takes them."""
+def read_scores(
+    parts: Sequence[tuple[Path | None, Path]],
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """(similarity of image and caption, number of the part) of every row of an index, the former
+    NaN where a sample is flawed; of `parts` as `find_features` takes them, also without features.
+    """
     found = []
     for folder, verified in parts:
         starts = np.cumsum([0, *(verdict.stored for verdict in read_verdicts(verified))])
         scores = np.full(starts[-1], np.nan, dtype=np.float32)
-        for file in sorted((folder / FEATURES).glob("*.parquet")):
+        for file in sorted((folder / FEATURES).glob("*.parquet")) if folder else ():
             table = pq.read_table(file, columns=["place", "similarity"])
             places = starts[int(file.stem)] + table["place"].to_numpy()
             scores[places] = table["similarity"].to_numpy()
         found.append(scores)
-    return np.concatenate(found)
+    numbers = np.repeat(np.arange(len(found)), [len(scores) for scores in found])
+    return np.concatenate(found), numbers
 
 
 @dataclass

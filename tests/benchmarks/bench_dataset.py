@@ -51,7 +51,7 @@ def bench(samples: int, width: int, root: Path) -> None:
     def make(said: str, outside: OutsideFiles, base: str = "", **settings: float) -> None:
         out = root / "dataset" / said
         out.mkdir(parents=True)
-        seen = Seen(read_scores(pairs), find_features(pairs)) if settings else None
+        seen = Seen(read_scores(pairs)[0], find_features(pairs)) if settings else None
         config, taken_over = DatasetConfig(**settings), root / "dataset" / base if base else None
         made = make_dataset(
             *(config, [verified], outside, Takedowns(), out, report_nothing, seen, taken_over)

@@ -56,7 +56,7 @@ def test_every_recipes_retraining_has_the_digests_that_it_had(name: str, tmp_pat
         files[source.name] = [tmp_path / f"{source.name}.parquet"]
     standing = Standing(1, 16 * "t", 64 * "w", "promote", "")
     known = (made("merge", "m", selected=1000),)
-    news = News(standing, made("train", "t"), None, (), (), known, (), files)
+    news = News(standing, made("train", "t"), None, (), (), known, (), files, {})
     merge = new_merge_step(recipe, graph, news)
     assert merge is not None
     verify = data_steps(graph.site, recipe, made("merge", "m", selected=1))

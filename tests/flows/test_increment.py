@@ -54,7 +54,7 @@ def news(tmp_path: Path) -> News:
         files[source] = [path]
     champion = Standing(1, "t" * 16, "w" * 64, "promote", "")
     known = (merged("m" * 16, 900, 100),)
-    return News(champion, artifact("train", "t" * 16), None, (), (), known, (), files)
+    return News(champion, artifact("train", "t" * 16), None, (), (), known, (), files, {})
 
 
 def test_the_warm_start_runs_the_chosen_stages_with_smaller_steps() -> None:
@@ -152,6 +152,28 @@ def test_everything_behind_the_data_has_its_address_before_it_is_made(
     ]
     alone = draw_retraining(recipe, graph, news, parts[:1], champion)
     assert alone.dataset.inputs[Role.DATA] == parts[0]
+
+
+def test_the_champion_judges_what_is_new_and_what_was_judged_before_stays_so(
+    recipe: Recipe, graph: Graph, news: News
+) -> None:
+    rule = load_recipe("demo", ["retrain.keep_share=0.7"])
+    first, second, new = (artifact("verify", letter * 16) for letter in "abc")
+    judged = artifact("embed", "e" * 16)
+    before = replace(news, used=(first, second), judged={second.digest: judged})
+    champion = Beside(CHAMPION, Role.CHAMPION, "w" * 16, Path("/champion"))
+    drawn = draw_retraining(rule, graph, before, [first, second, new], champion)
+    inputs = drawn.dataset.inputs
+    assert [role for role in inputs if role.startswith("judged")] == ["judged0001", "judged0002"]
+    assert inputs["judged0001"] is judged
+    judge = inputs["judged0002"]
+    assert isinstance(judge, Step) and judge.inputs[Role.DATA] is new
+    assert judge.title == "embed models:/evaclip-demo/1"
+    assert judge in drawn.data_steps
+    assert drawn.dataset.config.model_dump()["keep_share"] == 0.7
+    assert rule.dataset.keep_share is None, "the first data is taken as it is"
+    plain = draw_retraining(recipe, graph, before, [first, second, new], champion)
+    assert not [role for role in plain.dataset.inputs if role.startswith("judged")]
 
 
 def test_without_a_champion_training_begins_where_the_recipe_does(

@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -181,6 +182,13 @@ def make_web(folder: Path) -> Web:
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     """An empty web, and a Prefect server for the length of the module."""
     made = make_web(tmp_path_factory.mktemp("weekly"))
+    with prefect_of(made):
+        yield made
+
+
+@contextmanager
+def prefect_of(web: Web) -> Iterator[None]:
+    """A Prefect server for what is run on a web in this process, and one core."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})  # a thread that waits for another one's core waits long
     try:
@@ -189,8 +197,8 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
             prefect_test_harness(server_startup_timeout=120),
             pytest.MonkeyPatch.context() as patch,
         ):
-            patch.setenv("EVACLIP_ROOT", str(made.root))
-            yield made
+            patch.setenv("EVACLIP_ROOT", str(web.root))
+            yield
     finally:
         os.sched_setaffinity(0, cores)
 

@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given, strategies as st
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.samples import Shard
+from tasks.dataset.choose import Choice, leave_out_low_scores
+from tasks.dataset.config import DatasetConfig, Seen
 from tasks.dataset.scores import find_low_scores, read_uids
+from tasks.index.sample_index import ShardVerdict
 
 ROW = st.tuples(st.sampled_from([0.1, 0.2, 0.3, 0.4]), st.booleans(), st.integers(0, 2))
 
@@ -30,6 +34,22 @@ def test_a_share_keeps_the_best_of_each_source_and_among_equals_the_first_uids(r
         keep = len(good) if share is None else int(share * len(good) + 0.5)
         expected |= set(mine) - set(order[:keep])
     assert set(np.flatnonzero(low).tolist()) == expected
+
+
+def test_each_part_that_a_champion_judged_keeps_its_own_share():
+    def verdict(source, stored):
+        shard = Shard("0.tar", source, stored, 1, "0" * 64)
+        return ShardVerdict(path="0.tar", stored=stored, shard=shard, flaws={}, left_out=None)
+
+    verdicts = [verdict(*one) for one in (("a", 2), ("a", 4), ("b", 2), ("a", 2))]
+    scores = np.array([np.nan, np.nan, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.91, 0.92], np.float32)
+    rules = DatasetConfig(keep_share=0.5)
+    by_part = Seen(scores, (), parts=np.repeat([0, 1, 2], [2, 6, 2]))
+    for seen, gone in ((by_part, [2, 3, 6, 8]), (Seen(scores, ()), [2, 3, 4, 6])):
+        choice = Choice(len(scores))
+        counts = leave_out_low_scores(choice, None, verdicts, rules, seen)
+        assert np.flatnonzero(choice.left_out).tolist() == gone
+        assert {source: sum(parts) for source, parts in counts.items()} == {"a": 6, "b": 2}
 
 
 def test_lists_of_uids_are_text_or_pairs_of_numbers(tmp_path):

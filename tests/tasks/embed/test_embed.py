@@ -68,7 +68,9 @@ def test_features_are_those_of_the_model_and_belong_to_their_samples(verified, m
     np.testing.assert_allclose(table["image"][2].as_py(), image.numpy(), atol=1e-3)
     np.testing.assert_allclose(table["text"][2].as_py(), text.numpy(), atol=1e-3)
     assert table["similarity"][2].as_py() == pytest.approx(float(image @ text), abs=1e-5)
-    scores = read_scores([(tmp_path, verified.folder)])
+    every, parts = read_scores([(None, verified.folder), (tmp_path, verified.folder)])
+    assert np.isnan(every[:10]).all() and parts.tolist() == [0] * 10 + [1] * 10
+    scores = every[10:]
     assert np.isnan(scores).tolist() == [False] * 7 + [True] + [False] * 2
     assert scores[8] == table["similarity"][2].as_py()
     said = json.loads((tmp_path / "report.json").read_text())["sources"]["s"]
