@@ -16,7 +16,7 @@ import pytest
 
 from evaclip_model.errors import InputError
 from flows.graph.graph import load_graph
-from flows.retrain import retrain
+from flows.pipeline import retrain
 from tasks.artifacts.artifact import Artifact
 from tasks.index.sample_index import SampleIndex
 from tasks.register.promotion import read_decision
