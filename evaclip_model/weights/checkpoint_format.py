@@ -3,8 +3,6 @@ checksums, and the check that they belong together. Who writes and restores them
 training/checkpoint/. There is no state of random generators in it: all that is random in training
 depends on the seed and a sample's position."""
 
-from __future__ import annotations
-
 import json
 import struct
 import zlib
@@ -13,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -76,7 +74,7 @@ class CheckpointManifest:
         return json.dumps({**content, "crc32": _crc_of(content)})
 
     @classmethod
-    def from_text(cls, text: str, where: str) -> CheckpointManifest:
+    def from_text(cls, text: str, where: str) -> Self:
         """Raises UnusableCheckpoint: altered, cut off, or of the first form; InputError: of a form
         that this version does not know yet."""
         try:

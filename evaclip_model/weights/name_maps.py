@@ -2,15 +2,13 @@
 checkpoint's layout from its keys, and each weight's name here and there, in both directions.
 "Native" is the naming of the released EVA-CLIP files and of this package's own."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -67,10 +65,11 @@ class Entry:
             return (sum(shapes[key][0] for key in self.sources), *first[1:])
         return first[::-1] if self.join == "transposed" else first
 
-    def place_rule(self, block: str, native_prefix: str, prefix: str) -> Entry:
+    def place_rule(self, block: str, native_prefix: str, prefix: str) -> Self:
         """The entry that a rule makes of a block in a tower."""
         sources = tuple(prefix + source.replace("#", block) for source in self.sources)
-        return Entry(native_prefix + self.native.replace("#", block), sources, self.join)
+        native = native_prefix + self.native.replace("#", block)
+        return replace(self, native=native, sources=sources)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,10 @@ larger logit plus the number of equal ones with a lower index. Features may come
 they are normalised and multiplied in fp32, where ties between different answers all but vanish.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -47,9 +45,9 @@ class Ranking:
     def __len__(self) -> int:
         return int(self.ranks.numel())
 
-    def select_queries(self, queries: Tensor) -> Ranking:
+    def select_queries(self, queries: Tensor) -> Self:
         """The same of some queries only: their mask, or their numbers."""
-        return Ranking(*(getattr(self, one.name)[queries] for one in fields(self)))
+        return type(self)(*(getattr(self, one.name)[queries] for one in fields(self)))
 
 
 def encode_texts(
@@ -142,7 +140,7 @@ class Gallery:
     """Row of `distinct` of every answer [G]."""
 
     @classmethod
-    def from_features(cls, features: Tensor) -> Gallery:
+    def from_features(cls, features: Tensor) -> Self:
         distinct, place = torch.unique(features.float(), dim=0, return_inverse=True)
         return cls(distinct, place)
 

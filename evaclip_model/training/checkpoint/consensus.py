@@ -1,13 +1,11 @@
 """Decisions that all ranks make alike, or one alone: results exchanged, one rank's failure made
 everybody's."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -29,14 +27,14 @@ class Peers:
     """None: the default one."""
 
     @classmethod
-    def every_rank(cls) -> Peers:
+    def every_rank(cls) -> Self:
         """Every rank, over the default group."""
         if not dist.is_initialized():
             return cls(0, 1)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @classmethod
-    def own_group(cls) -> Peers:
+    def own_group(cls) -> Self:
         """Every rank, over a gloo group of its own, which another thread may use; every rank has to
         call this at the same point."""
         peers = cls.every_rank()

@@ -6,8 +6,6 @@ without another word; and of a state that is saved with a checkpoint, so a resum
 the uninterrupted one did. Not here: going back to a checkpoint (training/trainer.py).
 """
 
-from __future__ import annotations
-
 import faulthandler
 import json
 import math
@@ -79,12 +77,12 @@ class Running:
     mean: float = 0.0
     variance: float = 0.0
 
-    def with_value(self, value: float, window: int) -> Running:
+    def with_value(self, value: float, window: int) -> Self:
         """The mean with one more value, whose weight is 1 / `window` once there were as many."""
         weight = 1 / min(self.count + 1, window)
         distance = value - self.mean
         variance = (1 - weight) * (self.variance + weight * distance**2)
-        return Running(self.count + 1, self.mean + weight * distance, variance)
+        return type(self)(self.count + 1, self.mean + weight * distance, variance)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ squared norms are taken per parameter fragment and summed over ranks before any 
 Every group costs ZeRO several collectives a step, so parts with rates of their own are packed.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence

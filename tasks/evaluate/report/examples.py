@@ -4,14 +4,12 @@ Examples are drawn at random with a seed made of the set's fingerprint, never pi
 where only right answers or only mistakes are drawn from, the page says so.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from PIL import Image, WebPImagePlugin
@@ -42,7 +40,7 @@ class Amount(NamedTuple):
     confusions: int
 
     @classmethod
-    def for_sets(cls, count: int) -> Amount:
+    def for_sets(cls, count: int) -> Self:
         """The amount that keeps the page of `count` sets below a few megabytes."""
         return cls(3, 5, 15, 10) if count <= FEW_SETS else cls(2, 3, 5, 5)
 
