@@ -38,7 +38,7 @@ def pull(
     ] = "native",
 ) -> None:
     """Fetch a registered model as a folder, for `evaclip` or another library."""
-    from tasks.register.pull_model import pull_model  # imports mlflow
+    from tasks.register.model_registry import pull_model  # imports mlflow
 
     profile = load_profile()
     with moving_bar(f"pull {model}") as report:

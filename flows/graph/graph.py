@@ -517,7 +517,7 @@ def initialise_step(site: Site, config: InitialiseConfig) -> Step:
 
         if not versions:
             return initialise_model(config, out, report)
-        from tasks.register.pull_model import pull_model  # imports mlflow
+        from tasks.register.model_registry import pull_model  # imports mlflow
 
         uri, places = site.tracking_uri, profile.weight_places
         with TemporaryDirectory(dir=out) as folder:

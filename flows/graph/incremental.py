@@ -32,14 +32,12 @@ from flows.graph.graph import (
 )
 from flows.graph.outside_data import find_files, hash_marks
 from flows.graph.step import Input, Step
-from tasks.adopt.adopt import read_inputs as read_taken
 from tasks.adopt.config import STAGE as ADOPT
 from tasks.adopt.find_source import find_source, without_known
-from tasks.artifacts.artifact import Artifact, Role, Stage, read_artifacts
+from tasks.artifacts.artifact import Artifact, Role, Stage, read_artifacts, read_inputs
 from tasks.embed.config import EmbedConfig
 from tasks.initialise.config import REGISTRY
 from tasks.merge.config import STAGE as MERGE, MergeConfig
-from tasks.merge.merge import read_inputs
 from tasks.merge.metadata_files import mark_of
 from tasks.register import promotion
 from tasks.register.config import DECISION, STAGE as REGISTER
@@ -240,7 +238,7 @@ def describe_new_data(news: News, recipe: Recipe) -> Iterator[str]:
         yield f"judged by   {champion}: what is new"
     yield from (f"set aside   {sentence}" for sentence in news.set_aside)
     if news.is_nothing:
-        taken = sum(len(marks) for one in news.known for marks in _files_of(one).values())
+        taken = sum(len(marks) for one in news.known for marks in read_inputs(one.folder).values())
         last = f"{name}/{news.last.version} ({news.last.decision.summary})"
         yield f"nothing new: all {taken:,} files were merged or adopted before; last model {last}"
 
@@ -333,7 +331,7 @@ def _sort_out_parts(
 def _new_files(recipe: Recipe, graph: Graph, known: Sequence[Artifact]) -> dict[str, Found]:
     """Source -> files whose content no merge has read and no adoption has taken."""
     seen: defaultdict[str, set[str]] = defaultdict(set)
-    for name, marks in (one for begun in known for one in _files_of(begun).items()):
+    for name, marks in (one for begun in known for one in read_inputs(begun.folder).items()):
         seen[name] |= marks
     found: dict[str, Found] = {}
     for source in recipe.merge.sources if recipe.merge_table else ():
@@ -342,11 +340,6 @@ def _new_files(recipe: Recipe, graph: Graph, known: Sequence[Artifact]) -> dict[
     for adopted in recipe.adopt.sources if recipe.adopt else ():
         found[adopted.name] = without_known(find_source(adopted), seen[adopted.name]).files
     return {name: files for name, files in found.items() if files}
-
-
-def _files_of(begun: Artifact) -> Mapping[str, set[str]]:
-    """Source -> marks of the files that a merge has read or an adoption has taken."""
-    return (read_inputs if begun.kind == MERGE.name else read_taken)(begun.folder)
 
 
 def _mark_given(name: str, merges: Sequence[Artifact]) -> str:

@@ -100,7 +100,7 @@ def fetch_models(models: dict[str, str], profile: Profile) -> dict[str, str]:
     fetched = dict(models)
     for name, spec in models.items():
         if spec.startswith(REGISTRY):
-            from tasks.register.pull_model import pull_model  # imports mlflow
+            from tasks.register.model_registry import pull_model  # imports mlflow
 
             model = spec.removeprefix(REGISTRY)
             folder = profile.root.resolve() / "cache" / "models" / model.replace("/", "-")

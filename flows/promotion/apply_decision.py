@@ -41,9 +41,8 @@ from tasks.evaluate.metrics.metric import judged_metrics
 from tasks.progress import Report
 from tasks.register import gate, promotion
 from tasks.register.config import DECISION_PAGE, REGISTERED, STAGE as REGISTER, RegisterConfig
-from tasks.register.model_registry import forget_if_gone, register_model
+from tasks.register.model_registry import forget_if_gone, pull_model, register_model
 from tasks.register.promotion import Waiting, read_decision
-from tasks.register.pull_model import pull_model
 from tasks.tracking import TrackingStore
 from tasks.train.config import STAGE as TRAIN
 

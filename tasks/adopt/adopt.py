@@ -32,7 +32,7 @@ from tasks.adopt.read_pairs import (
     column_types,
     read_pairs,
 )
-from tasks.artifacts.artifact import Made
+from tasks.artifacts.artifact import INPUTS, Made, read_inputs
 from tasks.index.adopted_shards import (
     ADOPTED,
     AdoptedShard,
@@ -45,8 +45,6 @@ from tasks.progress import Report
 LEFT_OUT = "left_out.jsonl"
 """Source, place and reason of what is not a pair: the first `MOST_NAMED` of every source."""
 MOST_NAMED = 10_000
-INPUTS = "inputs.json"
-"""Source -> marks of the files that were taken."""
 OUTSIDE_HINT = "; name the folder that may be read in 'within'"
 PACKED = "packed"
 """Folder of the shards that are packed here, one folder a source."""
@@ -86,14 +84,6 @@ class LeftOut:
         """Counts by reason, and the first of them, as the end of a sentence."""
         said = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
         return f" ({said}; the first is {self.first})" if said else ""
-
-
-def read_inputs(folder: Path) -> dict[str, set[str]]:
-    """Source -> marks of the files that a finished adoption took; none for one of before there was
-    such a list."""
-    path = folder / INPUTS
-    known = json.loads(path.read_text()) if path.exists() else {}
-    return {name: set(marks) for name, marks in known.items()}
 
 
 def adopt_sources(

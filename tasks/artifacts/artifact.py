@@ -35,6 +35,8 @@ ROOT_LOCK = ".flows.lock"
 BULK = "bulk.jsonl"
 """List of an artifact's bulk files: `{"path": ..., "size": ...}` a line."""
 CARD = "card.md"
+INPUTS = "inputs.json"
+"""Source -> marks of the files that a merge or an adoption took."""
 DIGEST_CHARS = 16
 FINGERPRINT_BYTES = 1 << 20
 Counts = Mapping[str, int | float]
@@ -213,6 +215,14 @@ def read_bulk(folder: Path) -> dict[Path, int] | None:
         raise InputError(
             f"{path} cannot be read ({error}): delete {folder} and run again"
         ) from None
+
+
+def read_inputs(folder: Path) -> dict[str, set[str]]:
+    """Source -> marks of the files that a finished merge has read or an adoption has taken; none
+    for one of before there was such a list."""
+    path = folder / INPUTS
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: set(marks) for name, marks in known.items()}
 
 
 def sha256_of(path: Path) -> str:

@@ -1,9 +1,10 @@
 """The outcome of a URL: img2dataset's free text as one of a few words, and how long a server asked
-to wait."""
+to wait. Not here: the texts (outcomes.toml)."""
 
 import re
-from collections.abc import Mapping
+import tomllib
 from enum import StrEnum
+from pathlib import Path
 
 
 class Outcome(StrEnum):
@@ -41,46 +42,17 @@ class Outcome(StrEnum):
 NETWORK = frozenset({Outcome.DNS, Outcome.CONNECTION, Outcome.TIMEOUT})
 """What nearly every URL ends in when our own network or name service is down."""
 RETRYABLE = NETWORK | {Outcome.RATE_LIMITED, Outcome.SERVER_ERROR, Outcome.INCOMPLETE}
-REFUSALS: Mapping[Outcome, str] = {
-    Outcome.ADDRESS_REFUSED: "refused: the address is not public",
-    Outcome.BAD_URL: "refused: the address holds credentials",
-    Outcome.TOO_MANY_BYTES: "refused: more bytes than max_bytes",
-    Outcome.NOT_AN_IMAGE_TYPE: "refused: the content type is no image",
-    Outcome.DEADLINE: "refused: longer than deadline_s",
-    Outcome.OPTED_OUT: "refused: the site declines such use (its headers, or ai.txt)",
-    Outcome.ROBOTS_TXT: "refused: disallowed by robots.txt",
-    Outcome.HASH_MISMATCH: "refused: hash mismatch",
-    Outcome.RATE_LIMITED: "refused: the host asked to be left alone for now",
-    Outcome.DAMAGED: "refused: damaged content",
-    Outcome.TOO_COSTLY: "refused: costs too much to decode",
-    Outcome.TOO_MANY_PIXELS: "refused: more pixels than max_pixels",
-    Outcome.TOO_SMALL: "refused: smaller than min_image_px",
-    Outcome.ASPECT_RATIO: "refused: longer than max_aspect_ratio",
-    Outcome.UNDECODABLE: "refused: cannot be decoded",
-}
+_TEXTS: dict[str, dict[str, str]] = tomllib.loads(
+    Path(__file__).with_name("outcomes.toml").read_text()
+)
+REFUSALS = {Outcome(outcome): text for outcome, text in _TEXTS["refusals"].items()}
 """Our own reasons, in the words in which `outcome_of` finds them again."""
-
-_OF_HTTP_STATUS = {
-    **dict.fromkeys((401, 403, 451), Outcome.FORBIDDEN),
-    **dict.fromkeys((404, 410), Outcome.NOT_FOUND),
-    429: Outcome.RATE_LIMITED,
-}
-# Patterns are searched in order; the first that is found decides.
+_OF_HTTP_STATUS = {int(code): Outcome(outcome) for code, outcome in _TEXTS["statuses"].items()}
 _OF_TEXT = tuple(
-    (re.compile(pattern, re.IGNORECASE), outcome)
+    (re.compile(pattern, re.IGNORECASE), Outcome(outcome))
     for pattern, outcome in (
         *((re.escape(text), outcome) for outcome, text in REFUSALS.items()),
-        (r"unknown url type|control characters|codec can't encode|no host given", Outcome.BAD_URL),
-        (r"nonnumeric port|invalid ipv6|label (empty|too long)|invalid url", Outcome.BAD_URL),
-        (r"incompleteread", Outcome.INCOMPLETE),
-        (r"certificate|\bssl\b|tls", Outcome.TLS),
-        (r"name or service|name resolution|nodename|no address associated", Outcome.DNS),
-        (r"timed out", Outcome.TIMEOUT),
-        (r"errno|remote end closed|connection", Outcome.CONNECTION),
-        (r"image too small", Outcome.TOO_SMALL),
-        (r"image area too large|max_image_pixels|pixels <= CV_IO", Outcome.TOO_MANY_PIXELS),
-        (r"aspect ratio", Outcome.ASPECT_RATIO),
-        (r"decoding error|opencv|imdecode", Outcome.UNDECODABLE),
+        *_TEXTS["messages"].items(),
     )
 )
 _HTTP_ERROR = re.compile(r"HTTP Error (\d{3})")

@@ -22,8 +22,7 @@ from tasks.artifacts.artifact import Made
 from tasks.embed.config import FEATURES, EmbedConfig
 from tasks.embed.embed_shard import EmbedJob
 from tasks.index.sample_index import ShardVerdict, read_verdicts
-from tasks.process.launch import RankLaunch
-from tasks.process.ranks import RankState, run_ranks
+from tasks.process.launch import RankLaunch, RankState, run_ranks
 from tasks.progress import Report, format_duration
 
 REPORT = "report.json"

@@ -35,7 +35,7 @@ from evaclip_model.zeroshot.encode_chunks import (
 )
 from tasks.encoders.open_models import count_workers, device_of, open_subject
 from tasks.index.sample_index import SampleIndex, ShardVerdict, read_verdicts
-from tasks.process.ranks import RankState, run_share, say_state
+from tasks.process.launch import RankState, run_share, say_state
 
 READ_AT_ONCE = 16 * IMAGE_CHUNK
 """Samples in memory at the same time."""

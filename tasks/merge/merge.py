@@ -39,7 +39,7 @@ from duckdb import DuckDBPyConnection
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
-from tasks.artifacts.artifact import Made
+from tasks.artifacts.artifact import INPUTS, Made
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import execute_query, load_statement, open_database
 from tasks.merge.filters import REASONS, UNREADABLE_LINE
@@ -64,8 +64,6 @@ from tasks.spark_session import spark_builder
 Runner = Callable[[Sequence[Chunk]], Iterator[int]]
 """Does the chunks of one phase, here or elsewhere; yields the number of every unit that is done."""
 REPORT, ENTRY_ROWS = "report.json", "entries.json"
-INPUTS = "inputs.json"
-"""Source -> marks (`mark_of`) of the files that were merged."""
 REMOVED = "_tmp.removed"
 HISTOGRAMS = "*/*", "histogram"
 DROPPED = "*/*", "reasons"
@@ -159,14 +157,6 @@ def _run_phases(plan: MergePlan, run: Runner, chunks: int, report: Report) -> No
             share = before + part * done / units
             report(round(share * plan.rows), plan.rows, f"{name}: {done} of {units}")
         before += part
-
-
-def read_inputs(folder: Path) -> dict[str, set[str]]:
-    """Source -> marks of the files that a finished merge has read; none for one of before there was
-    such a list."""
-    path = folder / INPUTS
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return {name: set(marks) for name, marks in found.items()}
 
 
 def _forget_other_work(out: Path, config: MergeConfig, files: Files, given: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Versions of registered models by the names that people use, their present aliases and lineage.
 
 All that asks the registry raises InputError where there is none, or it does not answer.
-Not here: fetching the model (pull_model.py), which version is in use (promotion.py).
+Not here: fetching the model (model_registry.py), which version is in use (promotion.py).
 """
 
 from __future__ import annotations

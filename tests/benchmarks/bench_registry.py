@@ -32,7 +32,7 @@ from PIL import Image
 from evaclip_model.choices import Form
 from evaclip_model.ports import find_free_port
 from tasks.register.config import COPIED, LargeWeights
-from tasks.register.pull_model import pull_model
+from tasks.register.model_registry import pull_model
 from tasks.tracking import TrackingStore
 from tests.tasks.register.registrations import register_random_model
 from tests.tasks.register.servers import mlflow_server, model_server

@@ -41,7 +41,7 @@ from tasks.evaluate.encode.encode_features import (
     write_block,
 )
 from tasks.evaluate.sets.published_layout import EvalSet
-from tasks.process.ranks import RankState, run_ranks, run_share, say_state
+from tasks.process.launch import RankState, run_ranks, run_share, say_state
 from tasks.progress import Report
 
 MAX_IDLE_STARTS = 2

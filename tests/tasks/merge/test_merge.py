@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import Address, Made
+from tasks.artifacts.artifact import Address, Made, read_inputs
 from tasks.merge.config import STAGE, ColumnMap, FilterConfig, MergeConfig, SourceConfig
 from tasks.merge.database import open_database
-from tasks.merge.merge import merge_sources, read_inputs
+from tasks.merge.merge import merge_sources
 from tasks.merge.units import Chunk, run_chunk
 from tests.tasks.merge import metadata
 from tests.tasks.merge.metadata import coyo, find_files, laion, output_rows, write

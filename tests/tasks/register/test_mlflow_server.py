@@ -13,8 +13,7 @@ from evaclip_model.ports import find_free_port
 from tasks.artifacts.artifact import Address, Made, Stage, produce_artifact
 from tasks.lineage.mlflow_store import Tracking
 from tasks.register.config import RegisterConfig
-from tasks.register.model_registry import register_model
-from tasks.register.pull_model import pull_model
+from tasks.register.model_registry import pull_model, register_model
 from tasks.tracking import TrackingStore
 from tests.tasks.register.servers import mlflow_server
 

@@ -13,6 +13,7 @@ from evaclip_model import InputError
 from flows.graph.ancestry import version_tree
 from tasks.register.config import GatePolicy, RegisterConfig
 from tasks.register.gate import Candidate, Champion, Decision, GateOutcome, decide_promotion
+from tasks.register.model_registry import pull_model
 from tasks.register.model_versions import describe_version
 from tasks.register.promotion import (
     HISTORY_TAG,
@@ -31,7 +32,6 @@ from tasks.register.promotion import (
     waits_for,
     write_decision,
 )
-from tasks.register.pull_model import pull_model
 from tasks.tracking import TrackingStore
 from tests.tasks.register.registrations import register_random_model
 

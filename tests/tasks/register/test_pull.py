@@ -9,9 +9,9 @@ import pytest
 
 from evaclip_model import InputError, create_model, open_model, save_model
 from tasks.artifacts.artifact import sha256_of
-from tasks.register import pull_model as pulling
+from tasks.register import model_registry as pulling
 from tasks.register.config import LargeWeights
-from tasks.register.pull_model import Form, pull_model
+from tasks.register.model_registry import Form, pull_model
 from tasks.tracking import TrackingStore
 from tests.tasks.register.registrations import register_random_model, trained_and_evaluated
 

@@ -14,9 +14,8 @@ from evaclip_model import InputError, create_model, open_model, save_model
 from evaclip_model.config import Config
 from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact
 from tasks.register.config import REGISTERED, STAGE, RegisterConfig
-from tasks.register.model_registry import forget_if_gone, register_model
+from tasks.register.model_registry import forget_if_gone, pull_model, register_model
 from tasks.register.promotion import promote_version
-from tasks.register.pull_model import pull_model
 from tasks.tracking import TrackingStore
 
 CONFIG = RegisterConfig(model_name="evaclip-test")

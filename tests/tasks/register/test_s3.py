@@ -21,8 +21,7 @@ from evaclip_model.ports import find_free_port
 from evaclip_model.weights.checkpoint_files import Reference
 from tasks.artifacts.artifact import sha256_of
 from tasks.register.config import COPIED, LargeWeights
-from tasks.register.model_registry import reference_to
-from tasks.register.pull_model import pull_model
+from tasks.register.model_registry import pull_model, reference_to
 from tasks.tracking import TrackingStore
 from tests.tasks.register.registrations import register_random_model, trained_and_evaluated
 from tests.tasks.register.servers import mlflow_server
