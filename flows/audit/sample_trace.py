@@ -16,14 +16,7 @@ import pyarrow.parquet as pq
 from evaclip_model.reading.samples import SHARDS, Captions, ShardManifest, read_captions
 from evaclip_model.reading.urls import is_url
 from flows.config.profile import Profile, load_profile
-from flows.graph.ancestry import (
-    Model,
-    ancestors_of,
-    data_of,
-    describe_model,
-    first_row_in,
-    models_of,
-)
+from flows.graph import ancestry
 from flows.graph.outside_data import sort_takedowns
 from flows.graph.step import Step
 from tasks.artifacts.artifact import Artifact, Made, Role, read_artifacts
@@ -53,7 +46,7 @@ class Version(NamedTuple):
     digest: str
     left_out: str | None
     """Why it does not hold the sample; None if it does."""
-    models: tuple[Model, ...]
+    models: tuple[ancestry.Model, ...]
     """What was trained on it, if it holds the sample."""
     captions: Captions
     """Further ones that it has for the sample, by name."""
@@ -97,11 +90,11 @@ def _in_one_verification(
     if not rows:
         return
     versions = [
-        (*one, tuple(models_of(one[0], artifacts)))
+        (*one, tuple(ancestry.models_of(one[0], artifacts)))
         for one in find_versions(verified, [row["row"] for row in rows], artifacts)
     ]
     verdicts = read_verdicts(verified.folder)
-    made_by = tuple(ancestors_of(verified, artifacts))
+    made_by = tuple(ancestry.ancestors_of(verified, artifacts))
     for row in rows:
         held, shard = [], locate_shard(verified, verdicts[row["shard"]].path)
         for version, first, reasons, models in versions:
@@ -117,7 +110,7 @@ def find_versions(
     """Dataset versions of a verification, its first row there, and why some `rows` are left out."""
     for one in artifacts:
         if one.kind == DATASET.name:
-            first = first_row_in(one, verified, artifacts)
+            first = ancestry.first_row_in(one, verified, artifacts)
             if first is not None:
                 yield one, first, left_out(one, [first + row for row in rows])
 
@@ -154,7 +147,7 @@ def describe_traces(found: Trace, root: Path) -> Iterator[str]:
         for name, captions in version.captions.items():
             yield f"  captions  {name}: {' | '.join(captions)}"
         for model in version.models:
-            yield from describe_model(model, root)
+            yield from ancestry.describe_model(model, root)
 
 
 class Succession(NamedTuple):
@@ -164,7 +157,7 @@ class Succession(NamedTuple):
     new: Artifact
     removed: int
     """Samples that the old version had and the new one has not."""
-    models: tuple[Model, ...]
+    models: tuple[ancestry.Model, ...]
     """Trained on any of them."""
 
 
@@ -189,7 +182,7 @@ def describe_unmatched(file: Path, root: Path) -> Iterator[str]:
     entries, artifacts = read_takedowns([file]), read_artifacts(root)
     marks: set[str] = set()
     versions = [artifact for artifact in artifacts if artifact.kind == DATASET.name]
-    for folder in {data_of(version, artifacts).folder for version in versions}:
+    for folder in {ancestry.data_of(version, artifacts).folder for version in versions}:
         for kind, values in sort_takedowns(entries).items():
             for row in SampleIndex(folder).find_samples(kind, values):
                 marks |= {row["uid"], row["sha256"], row["stored_sha256"]}
@@ -229,7 +222,7 @@ def describe_replacement(done: Succession, root: Path) -> Iterator[str]:
     if done.models:
         yield "  models trained on samples that are taken down:"
     for model in done.models:
-        yield from describe_model(model, root)
+        yield from ancestry.describe_model(model, root)
 
 
 def _make_successor(
@@ -241,7 +234,7 @@ def _make_successor(
     is_dry: bool,
 ) -> Succession | None:
     """The version that obeys all takedowns of `versions` and `entries`; None if none is needed."""
-    verified = data_of(versions[0], artifacts)
+    verified = ancestry.data_of(versions[0], artifacts)
     index = SampleIndex(verified.folder)
     rows = find_asked(index, asked)
     wanted = rows.tolist()
@@ -249,7 +242,7 @@ def _make_successor(
     if not holding:
         return None
     old = max(versions, key=lambda version: version.counts["left_out"])
-    models = {m.digest: m for version in holding for m in models_of(version, artifacts)}
+    models = {m.digest: m for version in holding for m in ancestry.models_of(version, artifacts)}
     if is_dry:
         removed = len(set(wanted) - left_out(old, wanted).keys())
         return Succession(old, old, removed, tuple(models.values()))
@@ -258,7 +251,7 @@ def _make_successor(
     others = obeyed - read[old.digest] - set(entries)
     if others:  # obeyed by a version that is not among the ancestors of `old`
         rows = np.union1d(rows, find_asked(index, sort_takedowns(others)))
-    ancestors = ancestors_of(verified, artifacts)
+    ancestors = ancestry.ancestors_of(verified, artifacts)
     rules = json.loads((old.folder / REPORT).read_text())["rules"]
     config = DatasetConfig.from_mapping({**old.config, **rules}, where=str(old.folder / REPORT))
     takedowns = Takedowns(tuple(sorted(obeyed)), lambda _: rows, old.folder)

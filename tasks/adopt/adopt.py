@@ -33,13 +33,7 @@ from tasks.adopt.read_pairs import (
     read_pairs,
 )
 from tasks.artifacts.artifact import INPUTS, Made, read_inputs
-from tasks.index.adopted_shards import (
-    ADOPTED,
-    AdoptedShard,
-    on_this_machine,
-    sizes_and_marks,
-    write_adopted,
-)
+from tasks.index import adopted_shards
 from tasks.progress import Report
 
 LEFT_OUT = "left_out.jsonl"
@@ -95,7 +89,7 @@ def adopt_sources(
     for earlier in map(read_inputs, given):
         found = [without_known(one, earlier.get(one.source.name, set())) for one in found]
     shutil.rmtree(out / PACKED, ignore_errors=True)
-    shards: list[AdoptedShard] = []
+    shards: list[adopted_shards.AdoptedShard] = []
     lines: list[str] = []
     counts: Counter[str] = Counter()
     for number, one in enumerate(found):
@@ -116,21 +110,21 @@ def adopt_sources(
         size = sum(shard.size for shard in own)
         counts.update({"shards": len(own), "bytes": size, f"{name}.shards": len(own)})
         shards += own
-    write_adopted(shards, out)
+    adopted_shards.write_adopted(shards, out)
     write_atomically(out / LEFT_OUT, "".join(lines))
     marks = {one.source.name: sorted(mark_files(one).values()) for one in found}
     write_atomically(out / INPUTS, json.dumps(marks))
     report(len(found), len(found), f"{counts['shards']:,} shards")
     made = tuple(sorted((out / PACKED).rglob("*.tar")))
-    return Made(dict(counts), (out / ADOPTED, out / LEFT_OUT, out / INPUTS), made)
+    return Made(dict(counts), (out / adopted_shards.ADOPTED, out / LEFT_OUT, out / INPUTS), made)
 
 
 def _describe(
     found: FoundSource, shards: Sequence[str], out: Path | None = None
-) -> list[AdoptedShard]:
+) -> list[adopted_shards.AdoptedShard]:
     """Return what the list says of shards, which were packed below `out` or lie elsewhere."""
     described = []
-    for shard, seen in zip(shards, sizes_and_marks(shards), strict=True):
+    for shard, seen in zip(shards, adopted_shards.sizes_and_marks(shards), strict=True):
         if seen is None:
             raise InputError(f"{shard} cannot be read")
         location = shard if out is None else os.path.relpath(shard, out)
@@ -138,7 +132,9 @@ def _describe(
         size, mark = seen
         source = found.source.name
         described.append(
-            AdoptedShard(location=location, name=name, source=source, size=size, mark=mark)
+            adopted_shards.AdoptedShard(
+                location=location, name=name, source=source, size=size, mark=mark
+            )
         )
     return described
 
@@ -219,7 +215,7 @@ def _inspect_shards(found: FoundSource, read_files: int) -> SourceInspection:
     with TemporaryDirectory() as folder:
         for shard in shards:
             try:
-                with on_this_machine(shard, Path(folder)) as tar:
+                with adopted_shards.on_this_machine(shard, Path(folder)) as tar:
                     for sample in read_samples(tar):
                         if sample.flaw is None:
                             left.pairs += 1

@@ -15,13 +15,8 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading import samples
 from evaclip_model.reading.image_decoder import identify_format
-from evaclip_model.reading.samples import (
-    CAPTION_EXTENSIONS,
-    MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
-    MemberFlaw,
-)
 from evaclip_model.reading.tar_file import BrokenTar
 from evaclip_model.reading.urls import is_url, open_binary
 from tasks.adopt.config import AdoptedSource
@@ -132,7 +127,7 @@ def _group_by_stem(found: FoundSource) -> Iterator[tuple[list[str], list[str]]]:
         by_stem.setdefault(file.rpartition(".")[0], []).append(file)
     for files in by_stem.values():
         ends = {file: file.rpartition(".")[2].lower() for file in files}
-        captions = [one for end in CAPTION_EXTENSIONS for one in files if ends[one] == end]
+        captions = [one for end in samples.CAPTION_EXTENSIONS for one in files if ends[one] == end]
         yield captions, [file for file in files if file not in captions]
 
 
@@ -144,7 +139,7 @@ def _folder_pairs(
     elif not images:
         yield NoPair(captions[0], PairFlaw.NO_IMAGE)
     else:
-        content, caption = _read_file(captions[0], MAX_TEXT_BYTES), ""
+        content, caption = _read_file(captions[0], samples.MAX_TEXT_BYTES), ""
         if isinstance(content, bytes):
             try:
                 caption = content.decode("utf-8-sig").strip()
@@ -189,7 +184,7 @@ def _row_pairs(found: FoundSource, file: str, row: _Row) -> Iterator[FoundPair |
     where, held, flaw = f"{file}, {row.place}", row.image, row.flaw
     captions, url, written = list[str](), row.url, None
     if isinstance(held, list):
-        flaw = flaw or (MemberFlaw.SEVERAL_IMAGES if len(held) > 1 else None)
+        flaw = flaw or (samples.MemberFlaw.SEVERAL_IMAGES if len(held) > 1 else None)
         held = held[0] if held else None
     if isinstance(held, dict):
         held = held.get("bytes") or held.get("path")
@@ -275,10 +270,10 @@ def _check_pair(
     """A pair whose image is there and is one by its first bytes."""
     if not caption:
         return NoPair(where, PairFlaw.NO_CAPTION)
-    content = _read_file(image, MAX_IMAGE_BYTES) if isinstance(image, str) else image
+    content = _read_file(image, samples.MAX_IMAGE_BYTES) if isinstance(image, str) else image
     if isinstance(content, PairFlaw):
         return NoPair(where, content)
-    if len(content) > MAX_IMAGE_BYTES:
+    if len(content) > samples.MAX_IMAGE_BYTES:
         return NoPair(where, PairFlaw.TOO_LARGE)
     extension = _image_extension(content)
     if not extension:

@@ -18,13 +18,7 @@ from img2dataset.resizer import ResizeMode, Resizer
 from img2dataset.writer import WebDatasetSampleWriter
 from PIL import Image
 
-from evaclip_model.reading.image_decoder import (
-    DamagedImageError,
-    DecodedImage,
-    TooCostlyImageError,
-    TooManyPixelsError,
-    decode_undamaged_image,
-)
+from evaclip_model.reading import image_decoder
 from tasks.download.config import DownloadConfig
 from tasks.download.fetch import Fetcher
 from tasks.download.fetch_outcome import REFUSALS, Outcome, outcome_of
@@ -34,9 +28,9 @@ from tasks.download.watch_progress import OutcomeCounter
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """`encode_format` -> Pillow's name of it."""
 _UNDECODED: dict[type[Exception], Outcome] = {
-    TooManyPixelsError: Outcome.TOO_MANY_PIXELS,
-    TooCostlyImageError: Outcome.TOO_COSTLY,
-    DamagedImageError: Outcome.DAMAGED,
+    image_decoder.TooManyPixelsError: Outcome.TOO_MANY_PIXELS,
+    image_decoder.TooCostlyImageError: Outcome.TOO_COSTLY,
+    image_decoder.DamagedImageError: Outcome.DAMAGED,
 }
 """What decoding raised, else `UNDECODABLE`."""
 
@@ -108,7 +102,7 @@ class BoundedResizer:
         None and why nothing is stored."""
         data = stream.getvalue()
         try:
-            decoded = decode_undamaged_image(data, self._config.max_pixels)
+            decoded = image_decoder.decode_undamaged_image(data, self._config.max_pixels)
             unwanted = self._unwanted_size(*decoded.image.size)
             if unwanted is not None:
                 return (*[None] * 5, unwanted)
@@ -129,7 +123,7 @@ class BoundedResizer:
         is_long = longer / shorter > self._config.max_aspect_ratio
         return REFUSALS[Outcome.ASPECT_RATIO] if is_long else None
 
-    def _keeps_bytes(self, decoded: DecodedImage) -> bool:
+    def _keeps_bytes(self, decoded: image_decoder.DecodedImage) -> bool:
         """Tell whether the original file is stored: it has the format, the size and the look."""
         config, image, mode = self._config, decoded.image, self._resizer.resize_mode
         longer_counts = mode in (ResizeMode.border, ResizeMode.keep_ratio_largest)

@@ -14,16 +14,7 @@ from pathlib import Path
 
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Artifact, Made
-from tasks.index.sample_index import (
-    CHECKED,
-    INDEX,
-    ShardVerdict,
-    join_indexes,
-    read_verdicts,
-    relative_path,
-    shard_location,
-    write_verdicts,
-)
+from tasks.index import sample_index
 from tasks.join.config import PARTS
 from tasks.progress import Report
 
@@ -39,19 +30,19 @@ class JoinedPart:
 
 def join_verifications(verified: Sequence[Artifact], out: Path, report: Report) -> Made:
     """Write verdicts and index of all of `verified`, in that order, into `out`."""
-    verdicts: list[ShardVerdict] = []
+    verdicts: list[sample_index.ShardVerdict] = []
     parts: list[JoinedPart] = []
     rows = 0
     for part in verified:
-        own = read_verdicts(part.folder)
+        own = sample_index.read_verdicts(part.folder)
         parts.append(JoinedPart(part.digest, rows, len(verdicts)))
         rows += sum(verdict.stored for verdict in own)
         verdicts += [_seen_from(out, part.folder, verdict) for verdict in own]
     report(0, rows, "joining the indexes")
     pairs = zip(verified, parts, strict=True)
     firsts = [(part.folder, one.first_row, one.first_shard) for part, one in pairs]
-    join_indexes(firsts, out / INDEX)
-    write_verdicts(verdicts, out)
+    sample_index.join_indexes(firsts, out / sample_index.INDEX)
+    sample_index.write_verdicts(verdicts, out)
     write_atomically(out / PARTS, json.dumps([asdict(part) for part in parts], indent=1) + "\n")
     report(rows, rows, f"{rows:,} samples of {len(parts)} downloads")
     counts = {
@@ -59,16 +50,18 @@ def join_verifications(verified: Sequence[Artifact], out: Path, report: Report) 
         "shards": sum(verdict.shard is not None for verdict in verdicts),
         "samples": rows,
     }
-    index = sorted((out / INDEX).rglob("*.parquet"))
-    return Made(counts, (out / CHECKED, out / PARTS, *index))
+    index = sorted((out / sample_index.INDEX).rglob("*.parquet"))
+    return Made(counts, (out / sample_index.CHECKED, out / PARTS, *index))
 
 
 def read_parts(folder: Path) -> list[JoinedPart]:
     return [JoinedPart(**part) for part in json.loads((folder / PARTS).read_text())]
 
 
-def _seen_from(out: Path, folder: Path, verdict: ShardVerdict) -> ShardVerdict:
+def _seen_from(
+    out: Path, folder: Path, verdict: sample_index.ShardVerdict
+) -> sample_index.ShardVerdict:
     """The verdict with the shard's path as it is from `out`."""
-    path = relative_path(shard_location(folder, verdict.path), out)
+    path = sample_index.relative_path(sample_index.shard_location(folder, verdict.path), out)
     shard = verdict.shard and replace(verdict.shard, path=path)
     return verdict.model_copy(update={"path": path, "shard": shard})

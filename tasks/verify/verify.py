@@ -29,21 +29,10 @@ import pyarrow.parquet as pq
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError, escape_control
 from evaclip_model.files import replace_file, write_atomically
-from evaclip_model.reading.image_decoder import (
-    DamagedImageError,
-    TooCostlyImageError,
-    TooManyPixelsError,
-    decode_undamaged_image,
-)
+from evaclip_model.reading import image_decoder
 from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
 from tasks.artifacts.artifact import Made, read_bulk, sha256_of
-from tasks.index.adopted_shards import (
-    ADOPTED,
-    AdoptedShard,
-    on_this_machine,
-    read_adopted,
-    sizes_and_marks,
-)
+from tasks.index import adopted_shards
 from tasks.index.perceptual_hash import grey_of, hashes_of
 from tasks.index.sample_index import (
     CHECKED,
@@ -132,8 +121,8 @@ def _list_jobs(downloaded: Path, out: Path) -> list[ShardJob]:
     A shard that the download's list names and the folder lacks is among them, so that it is missed.
     """
     found: list[tuple[str, int | None, str | None, str]]
-    if (downloaded / ADOPTED).exists():
-        shards = read_adopted(downloaded)
+    if (downloaded / adopted_shards.ADOPTED).exists():
+        shards = adopted_shards.read_adopted(downloaded)
         _refuse_changed(shards)
         found = [(one.location, one.size, one.source, one.name) for one in shards]
     else:
@@ -154,8 +143,8 @@ def _list_jobs(downloaded: Path, out: Path) -> list[ShardJob]:
     ]
 
 
-def _refuse_changed(shards: Sequence[AdoptedShard]) -> None:
-    found = sizes_and_marks([shard.location for shard in shards])
+def _refuse_changed(shards: Sequence[adopted_shards.AdoptedShard]) -> None:
+    found = adopted_shards.sizes_and_marks([shard.location for shard in shards])
     pairs = zip(shards, found, strict=True)
     changed = [shard.location for shard, now in pairs if now != (shard.size, shard.mark)]
     if changed:
@@ -230,9 +219,9 @@ class Flaw(StrEnum):
 
 
 _FLAWS: dict[type[Exception], Flaw] = {
-    TooManyPixelsError: Flaw.TOO_MANY_PIXELS,
-    TooCostlyImageError: Flaw.TOO_COSTLY,
-    DamagedImageError: Flaw.DAMAGED,
+    image_decoder.TooManyPixelsError: Flaw.TOO_MANY_PIXELS,
+    image_decoder.TooCostlyImageError: Flaw.TOO_COSTLY,
+    image_decoder.DamagedImageError: Flaw.DAMAGED,
 }
 """What decoding raised, else `UNDECODABLE`."""
 
@@ -352,7 +341,7 @@ def _decode_image(
 ) -> tuple[npt.NDArray[np.uint8] | None, Flaw | None]:
     """The image small and grey, when it can be decoded, and what is wrong with it, if anything."""
     try:
-        image = decode_undamaged_image(encoded, config.max_pixels).image
+        image = image_decoder.decode_undamaged_image(encoded, config.max_pixels).image
         grey = grey_of(image.convert("RGB"))
     except Exception as error:  # converting meets what decoding passed over
         return None, _FLAWS.get(type(error), Flaw.UNDECODABLE)
@@ -429,7 +418,7 @@ def main(job: VerifyJob) -> None:
 
 
 def _verify_one(config: VerifyConfig, shard: ShardJob) -> None:
-    with on_this_machine(shard.location, shard.target.parent) as tar:
+    with adopted_shards.on_this_machine(shard.location, shard.target.parent) as tar:
         verify_shard(tar, shard, config)
 
 
