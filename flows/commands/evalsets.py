@@ -14,15 +14,8 @@ from typer import Argument, Option, Typer
 
 from evaclip_model.errors import InputError
 from flows.reporting.terminal import console, moving_bar
+from tasks.evaluate.sets import set_registry
 from tasks.evaluate.sets.class_order import Words
-from tasks.evaluate.sets.set_registry import (
-    FOLDER,
-    KnownSet,
-    all_sets,
-    find_set,
-    find_set_folder,
-    nearest_set,
-)
 
 if TYPE_CHECKING:
     from tasks.evaluate.sets.convert.shard_writer import Conversion
@@ -58,9 +51,9 @@ evalsets.add_typer(convert, name="convert")
 def list_sets() -> None:
     """List the sets of the paper's tables, and which of them are here."""
     table = Table("name", "set", "tables", "metric", "classes", "images", "here", box=None)
-    for key, known in all_sets().items():
+    for key, known in set_registry.all_sets().items():
         images = f"{known.n:,}" if known.n else "?"
-        here = "yes" if find_set_folder(known, Path(FOLDER)) else ""
+        here = "yes" if set_registry.find_set_folder(known, Path(set_registry.FOLDER)) else ""
         about = (known.title, " ".join(known.tables), known.metric, str(known.classes or ""))
         table.add_row(key, *about, images, here)
     console.print(table)
@@ -267,8 +260,8 @@ def _print_marked(mark: str, style: str, text: str) -> None:
     console.print(text, soft_wrap=True)
 
 
-def _find_known(name: str) -> KnownSet:
-    known = find_set(name)
+def _find_known(name: str) -> set_registry.KnownSet:
+    known = set_registry.find_set(name)
     if known is None:
-        raise InputError(f"no set is called '{name}'; {nearest_set(name)}")
+        raise InputError(f"no set is called '{name}'; {set_registry.nearest_set(name)}")
     return known

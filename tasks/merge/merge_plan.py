@@ -22,17 +22,10 @@ from duckdb import DuckDBPyConnection
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.urls import read_text
+from tasks.merge import schema
 from tasks.merge.config import MOST_ENTRIES, ColumnMap, MergeConfig, SidecarConfig, SourceConfig
 from tasks.merge.database import explain_read_errors, load_statement, open_database
 from tasks.merge.metadata_files import find_metadata, format_of, outside_files
-from tasks.merge.schema import (
-    JudgedParts,
-    PublishedColumns,
-    column_map,
-    key_text,
-    quote_identifier,
-    select_list,
-)
 from tasks.tables.text_tables import TextFormat, column_names, read_text_table
 
 ROWS_PER_RANGE = 1_000_000
@@ -237,7 +230,7 @@ def _plan_files(
     config: MergeConfig,
     number: int,
     looked_at: Sequence[ReadableFile],
-    extra: PublishedColumns,
+    extra: schema.PublishedColumns,
     first: int,
 ) -> tuple[list[MetadataFile], list[ColumnMap]]:
     """The files of source `number`, numbered from `first`, and their column maps.
@@ -247,16 +240,16 @@ def _plan_files(
     source = config.sources[number]
     kinds = [{**one.own, **extra} for one in looked_at]
     maps = [
-        _with_hash(config, column_map(source, published, one.published_as, one.is_text), one)
+        _with_hash(config, schema.column_map(source, published, one.published_as, one.is_text), one)
         for one, published in zip(looked_at, kinds, strict=True)
     ]
-    judged = JudgedParts.of(list(zip(maps, kinds, strict=True)))
+    judged = schema.JudgedParts.of(list(zip(maps, kinds, strict=True)))
     planned = [
         MetadataFile(
             number=first + place,
             path=one.path,
             source=number,
-            columns=select_list(columns, published, judged),
+            columns=schema.select_list(columns, published, judged),
             sidecar_keys=tuple(_sidecar_key(side, columns, one.own) for side in source.sidecars),
             rows=one.rows,
             bad_lines=sum(one.flaws.values()),
@@ -296,12 +289,12 @@ def _convert_columns(
 ) -> list[str]:
     """Write the columns `names` of a text file; returns others that were met, if there are any, and
     then what was written is not whole."""
-    schema = pa.schema([(name, pa.string()) for name in names])
+    as_texts = pa.schema([(name, pa.string()) for name in names])
     known = set(names)
     numbers, values, flaws = Counter[str](), Counter[str](), Counter[str]()
     rows, first = 0, ""
     lines = read_text_table(path, kind, source.quoting, source.header)
-    with pq.ParquetWriter(folder / ROWS, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(folder / ROWS, as_texts, compression="zstd") as writer:
         while batch := list(islice(lines, ROWS_AT_ONCE)):
             good = [row.values for row in batch if row.flaw is None]
             if kind == "jsonl":
@@ -314,7 +307,7 @@ def _convert_columns(
                     flaws[row.flaw] += 1
                     first = first or f"{path}, line {row.line}: {row.flaw}"
             columns = {name: [row.get(name) or None for row in good] for name in names}
-            writer.write_table(table := pa.table(columns, schema=schema))
+            writer.write_table(table := pa.table(columns, schema=as_texts))
             rows += len(good)
             for name in names:
                 there = table[name].drop_null()
@@ -355,19 +348,21 @@ def _plan_sidecar(
                     f"{path}: sidecar of source '{source}' has no column '{name}'; "
                     f"its columns are {', '.join(columns)}"
                 )
-    keys = [key_text(settings.key, columns[settings.key]) for columns in published]
+    keys = [schema.key_text(settings.key, columns[settings.key]) for columns in published]
     added = {name: published[0][name] for name in settings.columns}
     return Sidecar(number, place, settings, tuple(zip(paths, keys, strict=True))), added
 
 
-def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: PublishedColumns) -> str:
+def _sidecar_key(
+    sidecar: SidecarConfig, columns: ColumnMap, published: schema.PublishedColumns
+) -> str:
     if sidecar.on == "url":
-        return quote_identifier(columns.url)
+        return schema.quote_identifier(columns.url)
     if sidecar.on == "id":
-        return key_text(columns.id, published[columns.id]) if columns.id else "NULL"
+        return schema.key_text(columns.id, published[columns.id]) if columns.id else "NULL"
     if "hash" in published:
-        return key_text("hash", published["hash"])
-    names = map(quote_identifier, (columns.url, columns.caption))
+        return schema.key_text("hash", published["hash"])
+    names = map(schema.quote_identifier, (columns.url, columns.caption))
     text = " || ".join(f"coalesce({name}, '')" for name in names)
     return f"laion_hash({text})"
 
@@ -381,7 +376,7 @@ def _list_editions(connection: DuckDBPyConnection, config: MergeConfig) -> tuple
     for pattern, sources in compared.items():
         cleaned = SourceConfig(name="cleaned", files=pattern)
         files = [
-            (path, column_map(cleaned, read_columns(connection, path), path).url)
+            (path, schema.column_map(cleaned, read_columns(connection, path), path).url)
             for path in find_metadata(pattern, "diff_against")
         ]
         editions.append(Edition(tuple(sources), tuple(files)))

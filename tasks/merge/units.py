@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
 from evaclip_model.files import replace_file, write_atomically
+from tasks.merge import filters, schema
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import (
     copy_statement,
@@ -33,14 +34,6 @@ from tasks.merge.database import (
     load_statement,
     open_database,
 )
-from tasks.merge.filters import (
-    BLOCKED_TABLES,
-    listed_expression,
-    read_lists,
-    reason_expression,
-    rule_parameters,
-    unjudged_expression,
-)
 from tasks.merge.merge_plan import (
     MARKS,
     MergePlan,
@@ -49,13 +42,6 @@ from tasks.merge.merge_plan import (
     pairs_statement,
     read_cuts,
     read_entries,
-)
-from tasks.merge.schema import (
-    BROKEN_TEXT,
-    NOT_BROKEN,
-    is_about_encoding,
-    quote_identifier,
-    repair_text,
 )
 from tasks.merge.shuffle import (
     BUCKET_BITS,
@@ -132,13 +118,13 @@ def run_chunk(chunk: Chunk) -> Iterator[int]:
 
 def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None:
     """The tables that the blocklist rules ask: addresses, host names and hashes, in normal form."""
-    for table, entry in BLOCKED_TABLES.items():
+    for table, entry in filters.BLOCKED_TABLES.items():
         if paths := entry.paths(config.filters.blocklists):
             query = "SELECT unnest($urls) AS entry"
             if table == "blocked_addresses":
                 distinct = "SELECT DISTINCT address AS entry FROM normalised"
                 query = listed_urls(f"{distinct} WHERE address IS NOT NULL")
-            entries = {"urls": read_lists(paths, entry)}
+            entries = {"urls": filters.read_lists(paths, entry)}
             connection.execute(f"CREATE TEMP TABLE {table} AS {query}", entries)
 
 
@@ -146,7 +132,7 @@ def read_blocked(connection: DuckDBPyConnection, config: MergeConfig) -> set[str
     """The entries of the tables that `fill_blocklists` made."""
     return {
         entry
-        for table, form in BLOCKED_TABLES.items()
+        for table, form in filters.BLOCKED_TABLES.items()
         if form.paths(config.filters.blocklists)
         for (entry,) in connection.execute(f"SELECT entry FROM {table}").fetchall()
     }
@@ -178,14 +164,14 @@ def list_splits(plan: MergePlan) -> Iterator[tuple[str, str, str, dict[str, str]
             place = f"sidecar_keys/{number}/{file.number:06d}"
             yield place, file.path, "partition_sidecar_keys", parts
     for number, sidecar in enumerate(plan.sidecars):
-        columns = ", ".join(map(quote_identifier, sidecar.config.columns))
+        columns = ", ".join(map(schema.quote_identifier, sidecar.config.columns))
         for at, (path, key) in enumerate(sidecar.files):
             parts = {"key": key, "columns": columns}
             yield f"sidecars/{number}/{at:06d}", path, "partition_sidecars", parts
     known = [(n, *file) for n, edition in enumerate(plan.editions) for file in edition.files]
     known += [(len(plan.editions), path, "url") for path in plan.given]
     for at, (edition, path, url) in enumerate(known):
-        parts = {"url": quote_identifier(url), "normalise": load_statement("normalise")}
+        parts = {"url": schema.quote_identifier(url), "normalise": load_statement("normalise")}
         yield f"known/edition={edition}/{at:06d}", path, "partition_known_keys", parts
 
 
@@ -211,10 +197,10 @@ def _make_from_file(
             try:
                 return make(path, beside)
             except duckdb.Error as error:
-                if not is_about_encoding(error):
+                if not schema.is_about_encoding(error):
                     raise
         repaired = plan.temporary / "repaired" / hashlib.md5(path.encode()).hexdigest()
-        make_once(repaired, lambda folder: repair_text(path, folder / "rows.parquet"))
+        make_once(repaired, lambda folder: schema.repair_text(path, folder / "rows.parquet"))
         with explain_read_errors(path):
             make(str(repaired / "rows.parquet"), beside)
 
@@ -223,7 +209,7 @@ def _make_from_file(
 
 def _join_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
     sidecar, part = divmod(number, plan.partitions)
-    columns = [quote_identifier(name) for name in plan.sidecars[sidecar].config.columns]
+    columns = [schema.quote_identifier(name) for name in plan.sidecars[sidecar].config.columns]
     query = load_statement(
         "join_sidecars",
         columns=", ".join(columns),
@@ -251,7 +237,7 @@ def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
     parameters: dict[str, Any] = {"path": file.path}
     for number, sidecar in plan.sidecars_of(file.source):
         found = find_tables(plan, f"joined/{number}/*/file={file.number}")
-        for name in map(quote_identifier, sidecar.config.columns):
+        for name in map(schema.quote_identifier, sidecar.config.columns):
             added += f", sidecar_{number}.{name}" if found else f", NULL AS {name}"
         if found:
             parameters[f"files_{number}"] = found
@@ -265,18 +251,18 @@ def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
 def scan_query(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
     """(statement that judges every row of a file, its parameters)."""
     rows, parameters = rows_of(plan, file)
-    filters = plan.config.filters
+    rules = plan.config.filters
     query = load_statement(
         "scan",
-        reason=reason_expression(filters),
+        reason=filters.reason_expression(rules),
         normalise=load_statement("normalise"),
         columns=file.columns,
         rows=rows,
-        listed=listed_expression(),
-        unjudged=unjudged_expression(filters),
+        listed=filters.listed_expression(),
+        unjudged=filters.unjudged_expression(rules),
     )
     own = {"seed": plan.config.seed, "keeps_hash": bool(plan.config.hash_column)}
-    return query, rule_parameters(filters) | parameters | own
+    return query, filters.rule_parameters(rules) | parameters | own
 
 
 def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
@@ -284,9 +270,11 @@ def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> 
     blocked = read_blocked(connection, plan.config)
 
     def scan(path: str, folder: Path) -> None:
-        columns, broken = file.columns, quote_identifier(BROKEN_TEXT)
+        columns, broken = file.columns, schema.quote_identifier(schema.BROKEN_TEXT)
         if path != file.path:
-            columns = columns.replace(f"{NOT_BROKEN} AS broken_text", f"{broken} AS broken_text")
+            columns = columns.replace(
+                f"{schema.NOT_BROKEN} AS broken_text", f"{broken} AS broken_text"
+            )
         query, parameters = scan_query(plan, file._replace(path=path, columns=columns))
         scanned = execute_query(connection, query, parameters)
         matched, unjudged = set[str](), Counter[str]()
@@ -468,8 +456,8 @@ def _choose_rows(
     columns |= {name: made.column(name) for name in made.column_names}
     columns["source"] = pa.chunked_array([pa.repeat(sources[source], len(made))])
     hashed = [("image_hash", pa.string())] if plan.config.hash_column else []
-    schema = pa.schema([*OUTPUT, *hashed])
-    return pa.table({name: columns[name] for name in schema.names}).cast(schema)
+    wanted = pa.schema([*OUTPUT, *hashed])
+    return pa.table({name: columns[name] for name in wanted.names}).cast(wanted)
 
 
 def _read_places(
