@@ -12,12 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
-from prefect import get_run_logger, runtime, task
-from prefect.artifacts import (
-    create_link_artifact,
-    create_progress_artifact,
-    update_progress_artifact,
-)
+from prefect import artifacts, get_run_logger, runtime, task
 from prefect.futures import as_completed
 
 from evaclip_model.errors import InputError, escape_control
@@ -143,7 +138,7 @@ def track_run(
     started = tracking.pipeline_run(name, digest, recipe=recipe, params=params, tags=tags)
     with lock, started as run:
         if url := run.url():
-            create_link_artifact(link=url, link_text="MLflow run", key="mlflow-run")
+            artifacts.create_link_artifact(link=url, link_text="MLflow run", key="mlflow-run")
         yield run
 
 
@@ -166,10 +161,10 @@ def watch_stage(title: str, *, already_there: bool = False) -> Iterator[Report]:
             percent = 100.0 * done / total
             description = escape_control(f"{title}: {detail}" if detail else title)
             if in_ui is None:
-                made = create_progress_artifact(percent, description=description)
+                made = artifacts.create_progress_artifact(percent, description=description)
                 in_ui = cast(UUID, made)  # a coroutine only inside async flows
             else:
-                update_progress_artifact(in_ui, percent, description)
+                artifacts.update_progress_artifact(in_ui, percent, description)
 
         yield report
 
