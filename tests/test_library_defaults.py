@@ -2,7 +2,6 @@
 release that moves one fails here by its name. What can be set is set where it is used.
 """
 
-import importlib
 import inspect
 import json
 import os
@@ -95,11 +94,12 @@ def test_prefect_neither_repeats_flows_and_steps_nor_pickles_their_results() -> 
     from prefect.settings.models.results import ResultsSettings
     from prefect.tasks import Task
 
+    from flows import pipeline
+
     assert FlowsSettings.model_fields["default_retries"].default == 0
     assert ResultsSettings.model_fields["persist_by_default"].default is False
     for name in FLOWS:
-        module = name if name in ("retrain", "score") else "pipeline"
-        flow = getattr(importlib.import_module(f"flows.{module}"), name)
+        flow = getattr(pipeline, name)
         assert (flow.retries, flow.persist_result) == (0, None)
         assert flow.should_validate_parameters and flow.timeout_seconds is None
     from flows.graph.runner import merge_chunk, run_step
