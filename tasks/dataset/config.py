@@ -92,8 +92,8 @@ class Seen:
 
 
 class ScoreRules(Config):
-    """What is left out by a model's scores: of `[dataset]` by the first one's of `[embed]`, of
-    `[retrain]` by the champion's, which judges what is new, once."""
+    """Rules by a model's scores: in `[dataset]` of the first one of `[embed]`, in
+    `[retrain]` of the champion, which judges what is new, once."""
 
     ADDED: ClassVar[tuple[str, ...]] = ("min_score", "keep_share")
 
