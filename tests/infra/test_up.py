@@ -9,6 +9,7 @@ import sys
 import urllib.error
 import urllib.request
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import Mock
@@ -139,6 +140,23 @@ def test_up_names_every_champions_page_and_every_recipes_runs(
         ("mine@champion", "models/mine/versions/7"),
         ("runs of demo", "experiments/3/runs?workflowType=machine_learning"),
     ]
+
+
+def test_a_server_that_is_late_is_asked_again_and_one_that_is_silent_is_one_sentence(
+    up: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(up, "ANSWER_S", 3)
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+        asked = pool.submit(up.ask, url, "me:secret")
+        listening.accept()[0].close()
+        late, _ = listening.accept()
+        late.recv(4096)
+        late.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
+        late.close()
+        assert asked.result() == []
+        with pytest.raises(up.UserError, match=f"no answer to {url}: .*timed out"):
+            up.ask(url, "me:secret")
 
 
 def test_the_search_page_asks_for_the_secret_of_the_others(
