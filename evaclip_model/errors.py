@@ -28,4 +28,6 @@ def escape_control(text: str) -> str:
 
 def shorten_error(error: Exception) -> str:
     """The first line of a library's error, at most 200 characters; its class if it has no text."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start:,} is not UTF-8: save it as UTF-8"
     return (str(error).strip() or type(error).__name__).partition("\n")[0][:200]

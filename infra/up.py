@@ -265,15 +265,10 @@ def ask(url, secret, body=None):
         try:
             with urllib.request.urlopen(request, timeout=ANSWER_S / 2) as answer:
                 return json.load(answer)
-        except urllib.error.HTTPError as error:
-            if error.code != 503:  # its database is busy
-                raise UserError(f"the server refuses {url}: {error}") from None
-            why = str(error)
         except OSError as error:
-            why = str(error)
-        if time.monotonic() > deadline:
-            raise UserError(f"the server gives no answer to {url}: {why}")
-        time.sleep(1)
+            if getattr(error, "code", 503) != 503 or time.monotonic() > deadline:
+                raise UserError(f"the server gives no answer to {url}: {error}") from None
+            time.sleep(1)  # it starts, or its database is busy (503)
 
 
 def status(options):

@@ -165,7 +165,7 @@ def _iterate_rows(found: FoundSource, file: str, has_images: bool = True) -> Ite
     else:
         for row in read_text_table(file, kind, source.quoting, source.header):
             text = row.values.get(caption)
-            several = parse_list(text) if text and kind == "jsonl" else None
+            several = parse_list(text, kind) if text else None
             captions = several if several is not None else [text]
             held, address = row.values.get(image), row.values.get(url) if url else None
             yield _Row(f"line {row.line}", held, captions, address, row.flaw)

@@ -147,7 +147,7 @@ def _read_rows(file: str, key: str, text: str) -> Iterator[tuple[Any, list[Any]]
         return
     for row in read_text_table(file, kind):
         written = row.values.get(text)
-        several = parse_list(written) if kind == "jsonl" and written else None
+        several = parse_list(written, kind) if written else None
         yield row.values.get(key), several if several is not None else [written]
 
 

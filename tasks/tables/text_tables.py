@@ -7,11 +7,14 @@ any rule, a value that follows RFC 4180 is read by it, and any other quote is a 
 is guessed: 1984 and 2021-03-01 are texts.
 """
 
+import ast
 import csv
 import io
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from enum import StrEnum
 from itertools import count, islice
 from typing import Any, Literal, NamedTuple
@@ -30,6 +33,7 @@ FIRST_ROWS = 10_000
 """Of JSON Lines, whose rows may have any columns."""
 MAX_LINES_OF_ROW = 100
 MAX_LINE_BYTES = 1 << 24
+MAX_LIST_CHARS = 10_000
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BOM = b"\xef\xbb\xbf"
 _UNCLOSED = "unexpected end of data"
@@ -94,15 +98,22 @@ def column_names(path: str, kind: TextFormat, quoting: Quoting, header: bool) ->
     return list(dict.fromkeys(name for row in rows for name in row.values))
 
 
-def parse_list(written: str) -> list[Any] | None:
-    """The values of a JSON list, as a row of JSON Lines has it; None for what is a text."""
+def parse_list(written: str, kind: TextFormat) -> list[Any] | None:
+    """The values of a JSON list, as a row of JSON Lines has it; of CSV only those of a list of
+    texts, in JSON or as pandas and numpy write one; None for what is a text."""
+    found: Any = None
     if not written.startswith("["):
         return None
     try:
         found = json.loads(written)
     except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, list) else None
+        if kind == "csv" and len(written) <= MAX_LIST_CHARS:
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                # numpy has no commas: Python would read all texts as one.
+                found = ast.literal_eval(re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", written))
+    if isinstance(found, list) and (kind == "jsonl" or all(isinstance(one, str) for one in found)):
+        return found
+    return None
 
 
 def _file_suffix(path: str) -> str:

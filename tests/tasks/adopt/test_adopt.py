@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import http.server
@@ -303,6 +304,19 @@ def test_several_captions_of_a_row_are_several_samples(tmp_path: Path) -> None:
     [shard] = read_adopted(tmp_path / "adopt")
     read = webdataset.WebDataset(shard.location, shardshuffle=False)
     assert [sample["txt"] for sample in read] == [b"a cat", b"a pet", b"a dog"]
+
+
+@pytest.mark.parametrize(
+    "cell", ['["a cat", "a pet"]', "['a cat', 'a pet']", "['a cat'\n 'a pet']"]
+)
+def test_a_list_of_captions_in_a_csv_is_several_samples(tmp_path: Path, cell: str) -> None:
+    write_pictures(tmp_path, range(2))
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "raw"), ("0.jpg", cell), ("1.jpg", "[1984]")])
+    adopted(tmp_path / "adopt", tmp_path / "a.csv", caption="raw")
+    [shard] = read_adopted(tmp_path / "adopt")
+    read = webdataset.WebDataset(shard.location, shardshuffle=False)
+    assert [sample["txt"] for sample in read] == [b"a cat", b"a pet", b"[1984]"]
 
 
 def test_packing_again_gives_the_same_bytes_whatever_a_killed_run_left(tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ def test_numbers_and_ids_before_every_name_are_no_part_of_it() -> None:
         ("c.txt", "1 cat\n2 wild dog\n", ("cat", "wild dog"), ("1", "2")),
         ("d.txt", "n01440764 tench, Tinca\nn01443537 goldfish\n", ("tench, Tinca", "goldfish"),
          ("n01440764", "n01443537")),
+        ("i.csv", '0,cat\n1,"dog, wild"\n', ("cat", "dog, wild"), ("0", "1")),
         ("e.txt", "3 cats\n7 dogs\n", ("3 cats", "7 dogs"), ()),
         ("f.json", json.dumps(["cat", "dog"]), ("cat", "dog"), ()),
         ("g.json", json.dumps({"1": "dog", "0": "cat"}), ("cat", "dog"), ()),

@@ -27,6 +27,7 @@ from tasks.evaluate.sets.convert.convert import (
     convert_imagefolder,
     dataset_sources,
 )
+from tasks.evaluate.sets.convert.label_table import read_rows
 from tasks.evaluate.sets.convert.shard_writer import (
     Found,
     Source,
@@ -319,6 +320,25 @@ def test_another_file_than_karpathys_is_refused(tmp_path: Path, text: str) -> No
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(InputError, match=r"(is not|or is not) of a known form: expected"):
         captioned_sources(tmp_path / "x.json", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "annotation", [{"image_id": "1", "caption": "a"}, {"image_id": 1, "caption": None}]
+)
+def test_an_annotation_of_no_image_or_without_caption_is_named(
+    tmp_path: Path, annotation: dict[str, object]
+) -> None:
+    images = [{"id": 1, "file_name": "1.jpg"}]
+    content = {"images": images, "annotations": [{"id": 7, **annotation}]}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"x.json: annotation 7 has no caption, or .*\('?1'?\)"):
+        captioned_sources(tmp_path / "x.json", tmp_path)
+
+
+def test_a_table_that_is_not_utf8_says_how_to_save_it(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes("path,label\n1.jpg,café\n".encode("latin-1"))
+    with pytest.raises(InputError, match="byte 20 is not UTF-8: save it as UTF-8"):
+        read_rows(tmp_path / "x.csv")
 
 
 def test_a_split_that_is_not_there_is_named_beside_those_that_are(karpathy: Path) -> None:

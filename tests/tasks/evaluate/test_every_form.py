@@ -311,7 +311,15 @@ def caption_table(texts: dict[str, list[str]], path: Path) -> Path:
     return path.with_suffix(".csv")
 
 
-CAPTION_FORMS = (coco, karpathy, blip, token, caption_table)
+def flickr_csv(texts: dict[str, list[str]], path: Path) -> Path:
+    """As the Hugging Face hub has Flickr30K."""
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        rows = [(json.dumps(all_), "test", name, n) for n, (name, all_) in enumerate(texts.items())]
+        csv.writer(file).writerows([("raw", "split", "filename", "img_id"), *rows])
+    return path.with_suffix(".csv")
+
+
+CAPTION_FORMS = (coco, karpathy, blip, token, caption_table, flickr_csv)
 
 
 def test_captions_are_the_same_from_every_form(tmp_path: Path, pictures: Path):
@@ -331,13 +339,16 @@ def test_captions_are_the_same_from_every_form(tmp_path: Path, pictures: Path):
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("parted", ["|", ";", ",", " | "])
+@pytest.mark.parametrize("parted", ["|", ";", ",", " | ", "', '", "' '", '", "'])
 def test_several_labels_are_the_same_from_every_separator(
     tmp_path: Path, pictures: Path, parted: str
 ):
     lines = ["path\tlabels"]
     for n, (path, name) in enumerate(rows()):
-        lines.append(f"{path}\t{name}{parted}{NAMES[n % 3]}" if n % 4 else f"{path}\t")
+        quote = next((one for one in "'\"" if one in parted), "")
+        written = f"{quote}{name}{parted}{NAMES[n % 3]}{quote}"
+        written = f"[{written}]" if quote else written
+        lines.append(f"{path}\t{written}" if n % 4 else f"{path}\t")
     (tmp_path / "l.tsv").write_text("\n".join(lines))
     made = convert_table(tmp_path / "l.tsv", pictures, tmp_path / "set", OWN, several=True)
     found = open_set("mine", made.folder, "multilabel", ("{c}",))

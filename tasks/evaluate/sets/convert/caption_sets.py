@@ -8,7 +8,6 @@ All captions of an image are kept: COCO's 5,000 test images have 25,010. Of ques
 candidates, cue, associations                           WinoGAViL; the files are called as its words
 """
 
-import ast
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from tasks.evaluate.sets.choice_questions import Question
 from tasks.evaluate.sets.convert.label_table import choose_split, match_column, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import FileFinder, image_source, walk_files
+from tasks.tables.text_tables import parse_list
 
 _FORMS = (
     'expected Karpathy\'s {"images": [{"filename", "split", "sentences": [{"raw"}]}]}, COCO\'s '
@@ -106,6 +106,11 @@ def _read_coco(content: Any, listing: Path, split: str) -> Captions:
         names = {entry["id"]: entry["file_name"] for entry in content["images"]}
         found: dict[int, list[str]] = {number: [] for number in names}
         for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
+            if entry["image_id"] not in found or not isinstance(entry.get("caption"), str):
+                raise InputError(
+                    f"{listing}: annotation {entry['id']} has no caption, or is of an image that "
+                    f"'images' does not have ({entry['image_id']!r}): leave it out"
+                )
             found[entry["image_id"]].append(entry["caption"])
         return _group_captions((names[one], texts) for one, texts in found.items() if texts)
     chosen = [entry for entry in content["images"] if entry["split"] == split]
@@ -135,7 +140,6 @@ _CHOICE_FORMS = (
     'lines {"image_0", "image_1", "caption_0", "caption_1"}, or WinoGAViL\'s candidates, cue and '
     "associations"
 )
-_MOST_CHARACTERS = 10_000
 
 
 def choice_sources(listing: Path, images: Path) -> tuple[list[Source], list[Question]]:
@@ -209,11 +213,8 @@ def _texts(value: Any) -> list[str]:
 
 def _read_list(value: Any, where: str) -> list[str]:
     """A list, or the text of one, as tables hold it."""
-    if isinstance(value, str) and len(value) <= _MOST_CHARACTERS:
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            value = None
+    if isinstance(value, str):
+        value = parse_list(value, "csv")
     if not isinstance(value, list | tuple) or not value:
         raise InputError(f"{where} does not hold a list of words: {_CHOICE_FORMS}")
     return [str(one) for one in value]

@@ -23,6 +23,7 @@ from evaclip_model.reading.urls import read_text
 from tasks.evaluate.sets.class_order import is_number
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import FileFinder, image_source
+from tasks.tables.text_tables import parse_list
 
 _COLUMNS = json.loads(Path(__file__).with_name("column_names.json").read_text())
 _JSON_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson", ".json")
@@ -187,7 +188,8 @@ def _text_rows(listing: Path, images: Path | None) -> tuple[tuple[str, ...], lis
             raise InputError(
                 f"{listing} row {number} has {len(row)} cells, expected {len(columns)}"
             )
-    return columns, [dict(zip(columns, map(str.strip, row), strict=True)) for row in rest], first
+    parsed = ((parse_list(cell, "csv") or cell for cell in map(str.strip, row)) for row in rest)
+    return columns, [dict(zip(columns, row, strict=True)) for row in parsed], first
 
 
 def _read_cells(listing: Path, text: str, images: Path | None) -> Iterator[list[str]]:
