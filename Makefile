@@ -14,7 +14,7 @@ setup: $(VENV)/.pipeline ## the environment (made by itself when another target 
 $(VENV)/.pipeline: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline && touch $@
 
-EXTRAS = pipeline spark tensorboard video open_clip onnx team infra dev fuzz browser bench build audit
+EXTRAS = pipeline spark tensorboard search video open_clip onnx team infra dev fuzz browser bench build audit
 $(VENV)/.audit: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev audit && touch $@ $(VENV)/.pipeline $(VENV)/.dev
 
@@ -124,6 +124,9 @@ bench-captions: $(VENV)/.dev ## further captions joined to an index; CAPTIONS=20
 
 bench-dataset: $(VENV)/.dev ## dataset versions by thresholds, lists of uids and semantic duplicates among SAMPLES made-up samples (1,000,000: 10 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_dataset.py $(or $(SAMPLES),1000000) $(or $(WIDTH),64)
+
+bench-find: $(VENV)/.dev ## find among SAMPLES (10000000) made-up features, exactly and by an index (1 h, 21 GB)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_find.py $(or $(SAMPLES),10000000)
 
 bench-registry: $(VENV)/.dev ## a registered B/16 loaded, served and pulled where this project is not installed (3 min, 6 GB)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_registry.py

@@ -49,7 +49,10 @@ from tasks.verify.config import STAGE as VERIFY
 
 REMOVED = ".removed"
 """Folder under the root for what is being removed: whole in its place until it is gone from it."""
-MADE_AGAIN = ("cache/evaluate/*", "cache/models/*", "pulled/*", ".dry-run-*", ".doctor-*")
+MADE_AGAIN = (
+    *("cache/evaluate/*", "cache/models/*", "pulled/*", "search/*"),
+    *(".dry-run-*", ".doctor-*"),
+)
 DATA = (DOWNLOAD.name, ADOPT.name, VERIFY.name, JOIN.name, EMBED.name)
 MODELS = (TRAIN.name, INTERPOLATE.name)
 STAGES = (*DATA, MERGE.name, DATASET.name, INITIALISE.name, *MODELS, EVALUATE.name)

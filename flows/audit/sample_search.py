@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,11 @@ from tasks.embed.embed import REPORT
 from tasks.embed.search import Hit, Searched, Vector, Wanted, read_feature, search_features
 from tasks.index.sample_index import Kind, SampleIndex, ShardVerdict, read_verdicts
 from tasks.initialise.config import REGISTRY
+from tasks.progress import Report, report_nothing
 from tasks.verify.config import STAGE as VERIFY
+
+EXACT_SAMPLES = 200_000
+"""Of one artifact, up to which all are looked at: some seconds of a core."""
 
 
 class FoundSample(NamedTuple):
@@ -42,9 +47,11 @@ class FoundSample(NamedTuple):
 
 
 class SampleSearch:
-    """The samples that `model`, or what embedded last, embedded, open for searching."""
+    """The samples that `model`, or what embedded last, embedded, open for searching. Of more than
+    `EXACT_SAMPLES` of an artifact an index is used, where faiss is installed: one that is there
+    or, where a `report` follows it, a new one."""
 
-    def __init__(self, profile: Profile, model: str = "") -> None:
+    def __init__(self, profile: Profile, model: str = "", report: Report | None = None) -> None:
         self._profile, self._root = profile, profile.root.resolve()
         embedded, self.model = _choose_artifacts(self._root, model)
         self._mark = embedded[0].parents[Role.SUBJECT]
@@ -55,7 +62,14 @@ class SampleSearch:
             verdicts = read_verdicts(verified.folder)
             sources = {n: of.shard.source for n, of in enumerate(verdicts) if of.shard}
             self._data[one.folder] = verified, verdicts
-            self._searched.append(Searched(one.folder, sources))
+            search_index = None
+            if one.counts["samples"] > EXACT_SAMPLES and find_spec("faiss"):
+                from tasks.embed.feature_index import FeatureIndex, address_index
+
+                if report or address_index(self._root, one).is_finished:
+                    index = FeatureIndex(self._root, one, report or report_nothing)
+                    search_index = index.find_nearest
+            self._searched.append(Searched(one.folder, sources, search_index))
         self.samples = sum(int(one.counts["samples"]) for one in embedded)
         self.sources = sorted({name for one in self._searched for name in one.sources.values()})
 

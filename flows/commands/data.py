@@ -55,6 +55,10 @@ def find(
     image: Annotated[Path | None, Option(help="a picture; what looks like it is found")] = None,
     like: Annotated[str, Option(metavar="UID", help="what looks like this sample is found")] = "",
     top: Annotated[int, Option(min=1, max=1000, help="samples to show")] = 10,
+    source: Annotated[str, Option(help="of this source alone")] = "",
+    min_score: Annotated[float, Option(help="likeness of its own image and caption")] = -1.0,
+    max_score: Annotated[float, Option(help="likewise, the largest")] = 1.0,
+    exact: Annotated[bool, Option("--exact", help="look at every sample, not by an index")] = False,
     model: Annotated[
         str, Option(help="the model whose features are searched; by default the last that embedded")
     ] = "",
@@ -65,13 +69,17 @@ def find(
     from flows.audit.sample_search import SampleSearch  # imports torch
     from tasks.embed.search import Wanted
 
-    search = SampleSearch(load_profile(), model)
+    with moving_bar("index") as report:
+        search = SampleSearch(load_profile(), model, None if exact else report)
+    if source and source not in search.sources:
+        known = f"{search.model} embedded {', '.join(search.sources)}"
+        raise InputError(f"there is nothing of source '{source}': {known}")
     try:
         picture = image.read_bytes() if image else b""
     except OSError as error:
         raise InputError(f"{image} cannot be read: {error}") from None
     query = search.feature_of(text, like, picture)
-    for one in search.find_samples(query, Wanted(top)):
+    for one in search.find_samples(query, Wanted(top, source, min_score, max_score, exact)):
         row, caption = one.row, one.pair.caption if one.pair else ""
         title = f"{one.hit.likeness:6.3f}  {row['uid']}  {row['source']}  score {one.hit.score:.3f}"
         console.print(title, soft_wrap=True)

@@ -68,7 +68,7 @@ def make_app(profile: Profile, secret: str, port: int) -> FastAPI:
     """The page, served as 127.0.0.1:`port` to whoever gives `secret`, USER:PASSWORD."""
     app, token, working = FastAPI(openapi_url=None), secrets.token_urlsafe(), threading.Lock()
     root = profile.root.resolve()
-    search_among = lru_cache(1)(lambda features: SampleSearch(profile))
+    search_among = lru_cache(1)(lambda features_and_indexes: SampleSearch(profile))
 
     def render(status: int = 200, **parts: Any) -> Response:
         page = PAGES.get_template("page.html.j2").render(token=token, parts=parts)
@@ -104,7 +104,8 @@ def make_app(profile: Profile, secret: str, port: int) -> FastAPI:
         if not is_own(request):
             return render(link=f"/?{request.url.query}")
         with working:
-            search = search_among(tuple(root.glob("embed/*/manifest.json")))
+            both = ("embed", "search")
+            search = search_among(tuple(p for one in both for p in root.glob(f"{one}/*/*.json")))
             found = asked.find_samples(search)
             shown = [(one, draw_sample(one), is_url(one.row["url"] or "")) for one in found]
         return render(search=search, asked=asked, found=shown)

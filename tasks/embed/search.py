@@ -1,7 +1,8 @@
-"""Search among features: the samples nearest to a text or a picture, exactly."""
+"""Search among features: the samples nearest to a text or a picture, by reading all features of
+every shard. Not here: an index of very many (feature_index.py)."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.embed.config import FEATURES
@@ -23,6 +25,7 @@ class Wanted(NamedTuple):
     source: str = ""  # any
     min_score: float = -1.0
     max_score: float = 1.0
+    is_exact: bool = False  # every sample is looked at, also where there is an index
 
 
 class Hit(NamedTuple):
@@ -46,17 +49,23 @@ class Searched(NamedTuple):
     folder: Path
     sources: Mapping[int, str]
     """Source of every shard, by its number in the verification."""
+    search_index: Callable[[Vector, Wanted, Sequence[int]], list[Hit]] | None = None
+    """Finds what is wanted in some shards."""
 
 
 def search_features(among: Sequence[Searched], query: Vector, wanted: Wanted) -> list[Hit]:
     """The samples whose images are nearest to a unit vector [D], the nearest first, equal ones by
-    place. As many shards are in memory as there are cores."""
+    place. Without an index as many shards are in memory as there are cores."""
     best: list[Hit] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "search") as pool:
         for one in among:
             shards = [n for n, source in one.sources.items() if wanted.source in ("", source)]
-            files = [shard_features(one.folder, number) for number in shards]
-            for hits in pool.map(partial(_nearest_in, one.folder, query, wanted), files):
+            if one.search_index is not None:
+                found = iter([one.search_index(query, wanted, shards)])
+            else:
+                files = [shard_features(one.folder, number) for number in shards]
+                found = pool.map(partial(_nearest_in, one.folder, query, wanted), files)
+            for hits in found:
                 best = sorted(best + hits, key=lambda hit: (-hit.likeness, hit[1:]))[: wanted.most]
     return best
 
@@ -77,12 +86,17 @@ def read_feature(folder: Path, shard: int, place: int) -> Vector | None:
 def _nearest_in(folder: Path, query: Vector, wanted: Wanted, file: Path) -> list[Hit]:
     table = pq.read_table(file, columns=["place", "image", "similarity"], use_threads=False)
     places, scores = table["place"].to_numpy(), table["similarity"].to_numpy()
-    column = table["image"].combine_chunks()
-    features = column.flatten().to_numpy().astype(np.float32).reshape(len(column), -1)
-    likeness = features @ query
+    likeness = vectors_of(table["image"]).astype(np.float32) @ query
     fits = np.flatnonzero((scores >= wanted.min_score) & (scores <= wanted.max_score))
     # A stable order, so that places decide among equals.
     return [
         Hit(float(likeness[row]), folder, int(file.stem), int(places[row]), float(scores[row]))
         for row in fits[np.argsort(-likeness[fits], kind="stable")[: wanted.most]]
     ]
+
+
+def vectors_of(column: pa.ChunkedArray) -> npt.NDArray[np.float16]:
+    """A column of float16 lists as [N, D]."""
+    whole = column.combine_chunks()
+    halves: npt.NDArray[np.float16] = whole.flatten().to_numpy().reshape(len(whole), -1)
+    return halves

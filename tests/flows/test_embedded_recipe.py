@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,19 @@ from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.weights.load import save_model
 from evaclip_model.zeroshot.encode_chunks import embed_images
+from flows.audit import sample_search
+from flows.audit.sample_search import SampleSearch
 from flows.config.profile import Profile
 from flows.config.recipe import load_recipe
-from flows.graph.graph import Graph, draw_graph
-from tasks.artifacts.artifact import Artifact
+from flows.graph.graph import Graph, adopt_step, draw_graph, embed_steps, join_step, verify_step
+from tasks.adopt.config import AdoptConfig
+from tasks.artifacts.artifact import Artifact, Role
+from tasks.embed.search import Wanted
 from tasks.encoders.open_models import open_subject
 from tasks.progress import report_nothing
 from tests.flows.command import run
 from tests.flows.test_adopted_recipe import Mine, write_mine
+from tests.tasks.adopt.test_adopt import pack, stranger
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +79,28 @@ def test_another_threshold_is_another_version_of_the_same_features(mine, model, 
     assert [step.digest for step in graph.embed] == [embedded["embed"].digest]
     assert graph.dataset.digest != embedded["dataset"].digest
     assert draw(mine, f"embed.models=['{model}']").dataset.digest == draw(mine).dataset.digest
+
+
+def test_the_next_retraining_embeds_only_the_shards_that_it_adopts(mine, model, embedded) -> None:
+    """Also when another recipe asks, and by another name of the same weights."""
+    pack(mine.folder / "more/0.tar", [stranger(number) for number in range(300, 310)])
+    copy = shutil.copytree(model, mine.folder / "copy_of_judge")
+    recipe = load_recipe(mine.recipe, [f"embed.models=['{copy}']", "train.tune.samples_seen=128"])
+    site, profile = draw(mine).site, Profile(root=mine.root)
+    more = {"sources": [{"name": "shards", "files": f"{mine.folder}/more"}]}
+    adoption = adopt_step(site, AdoptConfig.from_mapping(more, where="test"), [embedded["adopt"]])
+    new = verify_step(site, recipe.verify, adoption, Role.ADOPT)
+    for step in (adoption, new):
+        step.make_artifact(profile, report_nothing)
+    files = {f: f.stat().st_mtime_ns for f in embedded["embed"].folder.glob("features/*")}
+    known, asked = embed_steps(site, recipe.embed, join_step(site, [embedded["verify"], new]))
+    assert known.digest == embedded["embed"].digest and not asked.is_finished
+    made = [step.make_artifact(profile, report_nothing) for step in (known, asked)]
+    assert made[0] == embedded["embed"]
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    assert made[1].counts["samples"] == 10
+    assert len(list((mine.root / "embed").iterdir())) == 2
+    shutil.rmtree(made[1].folder)  # other tests search one artifact
 
 
 def test_features_decide_once_and_thresholds_take_their_choice_over(mine, model, embedded) -> None:
@@ -160,12 +188,37 @@ def test_find_shows_samples_like_another_one_by_text_or_picture(mine, embedded) 
     text = run(["find", "a red apple", "--top", "99"], mine.root)
     assert text.status == 0, text.errors
     assert text.output.count("  photos  score ") == embedded_photos(embedded)
+    few = run(["find", "a red apple", "--source", "photos", "--min-score", str(first)], mine.root)
+    shown = [line for line in few.output.splitlines() if "  score " in line]
+    assert 0 < len(shown) <= embedded_photos(embedded)
+    for line in shown:
+        assert "  photos  score " in line
+        assert float(line.rpartition(" ")[2]) >= round(first, 3)
+
+
+def test_an_index_is_made_by_whoever_follows_it_and_used_by_all(mine, embedded, monkeypatch):
+    pytest.importorskip("faiss", reason="the extra `search` installs it")
+    profile, made = Profile(root=mine.root), mine.root / "search"
+    exact = SampleSearch(profile)
+    query = exact.feature_of("a red apple", "", b"")
+    monkeypatch.setattr(sample_search, "EXACT_SAMPLES", 10)
+    assert SampleSearch(profile)._searched[0].search_index is None, "a page does not wait for it"
+    assert not made.exists()
+    assert SampleSearch(profile, report=report_nothing)._searched[0].search_index
+    page = SampleSearch(profile)
+    assert page._searched[0].search_index
+    for wanted in (Wanted(5, is_exact=True), Wanted(5, "photos", is_exact=True)):
+        true, found = (one.find_samples(query, wanted) for one in (exact, page))
+        assert [one.row["uid"] for one in found] == [one.row["uid"] for one in true]
 
 
 def test_what_cannot_be_found_is_one_sentence(mine, embedded) -> None:
     wrong = run(["find", "--like", "nobody"], mine.root)
     assert (wrong.status, wrong.output) == (2, "")
     assert "no sample with uid 'nobody' was embedded" in wrong.errors
+    nowhere = run(["find", "a red apple", "--source", "nowhere"], mine.root)
+    assert (nowhere.status, nowhere.output) == (2, "")
+    assert "there is nothing of source 'nowhere': " in nowhere.errors
     with (mine.folder / "judge/config.json").open("a") as config:
         config.write("\n")
     changed = run(["find", "a red apple"], mine.root)
