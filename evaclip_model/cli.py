@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 
 from evaclip_model.choices import Form, Precision
 from evaclip_model.cpu.allocator import freed_memory_kept
-from evaclip_model.errors import InputError, escape_control
+from evaclip_model.errors import InputError, escape_control, shorten_error
 from evaclip_model.model.model_config import ALIASES, CONFIG_FILE, ModelConfig, list_models
 from evaclip_model.reading.urls import read_text
 
@@ -170,10 +170,10 @@ def embed(
 
 def _read_lines(file: Path) -> list[str]:
     try:
-        lines = read_text(file).splitlines()
+        lines = read_text(file).removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as lines of text ({error})") from None
-    if not lines:
+        raise InputError(f"{file} cannot be read as lines ({shorten_error(error)})") from None
+    if lines == [""]:
         raise InputError(f"{file} is empty: expected one caption a line")
     return lines
 

@@ -27,8 +27,8 @@ WEIGHTS_FILE = "model.safetensors"
 """Name of the weights in a saved model's folder, here and at Hugging Face."""
 _INDEX = ".index.json"
 DEEPSPEED_STATES = "mp_rank_00_model_states.pt"
-_WRAPPING_MODULES = {"module", "_orig_mod"}
-"""Parts of names that come from DataParallel, DeepSpeed and torch.compile."""
+_WRAPPING_MODULES = {"module", "_orig_mod", "model"}
+"""Parts of names that come from DataParallel, DeepSpeed, torch.compile and Lightning."""
 
 
 def open_tensors(

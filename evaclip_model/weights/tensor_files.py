@@ -36,7 +36,7 @@ _LUGGAGE = re.compile(
 )
 """Modules whose objects checkpoints hold beside their tensors, and no weights."""
 _BUILTINS = ("int", "float", "complex", "list", "dict", "object", "range", "slice")
-_WRAPPERS = ("model", "module", "state_dict")
+_WRAPPERS = ("model", "module", "state_dict", "model_state_dict")
 """Keys under which training programs keep the weights beside other state."""
 _LARGEST_INFLATION = 8
 """Of a compressed file, as a multiple of its size; weights hardly shrink."""

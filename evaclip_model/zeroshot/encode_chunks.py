@@ -161,7 +161,8 @@ def encode_text_chunk(subject: Subject, tokens: Tensor) -> Tensor:
         return normalise_features(encoded.cpu(), "text")
 
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_KINDS = "avif bmp gif heic jfif jpe jpeg jpg pgm png ppm tif tiff webp"
+IMAGE_SUFFIXES = tuple(f".{kind}" for kind in _KINDS.split())
 """Endings, in any case, of the files of a folder that are taken for images."""
 
 

@@ -48,7 +48,7 @@ def write_adopted(shards: Iterable[AdoptedShard], folder: Path) -> None:
 def read_adopted(folder: Path) -> list[AdoptedShard]:
     """The list of a finished adoption; a packed shard's location is absolute."""
     path = folder / ADOPTED
-    found = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [json.loads(line) for line in path.read_text().split("\n") if line]
     for one in found:
         if not is_url(one["location"]):
             one["location"] = str(folder / one["location"])

@@ -225,7 +225,7 @@ def _json_row(line: _Line) -> TextRow:
             return TextRow(number, {}, LineFlaw.NOT_JSON)
         for name, value in found.items():
             if not isinstance(value, str):
-                nested = json.loads(text)[name]
+                nested = None if isinstance(value, dict) else json.loads(text)[name]
                 found[name] = None if nested is None else json.dumps(nested, ensure_ascii=False)
             elif not value.isascii():  # halves of characters, which no text file can hold
                 found[name] = value.encode("utf-8", "replace").decode()

@@ -127,7 +127,7 @@ def test_features_of_a_folder_equal_the_models(saved, tmp_path, capsys):
 
 
 def test_features_of_captions_keep_the_order_of_the_lines(saved, tmp_path):
-    texts = ["a red apple on a table", "Straße", "a red apple on a table", "x"]
+    texts = ["a red apple on\u2028a table", "Straße", "", "a red apple on a table", "x"]
     (tmp_path / "captions.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     out = tmp_path / "x.npy"
     options = ["--model", saved / "model", "--out", out]
@@ -137,6 +137,16 @@ def test_features_of_captions_keep_the_order_of_the_lines(saved, tmp_path):
         expected = model.encode_text(tokenize(texts), normalize=True)
     torch.testing.assert_close(torch.from_numpy(np.load(out)), expected, rtol=0, atol=1e-5)
     assert json.loads((tmp_path / "x.json").read_text())["names"] == texts
+
+
+def test_a_picture_of_a_form_that_is_not_opened_is_named_and_not_passed_over(
+    saved, tmp_path, capsys
+):
+    for name in ("a.avif", "b.jfif"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name, "AVIF" if name == "a.avif" else "JPEG")
+    assert run("embed", tmp_path, "--model", saved / "model", "--out", tmp_path / "x.npy") == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("1 images: ") and "a.avif (these bytes" in captured.err
 
 
 def test_an_architecture_and_a_file_of_weights_are_a_model_too(saved, tmp_path):

@@ -65,7 +65,7 @@ def test_a_torch_file_is_read_whatever_wraps_its_weights(tmp_path, source, state
     assert_gives(path, source)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
 def test_modules_that_wrap_a_model_leave_no_trace_in_names(tmp_path, source, state, prefix):
     """Also where the first key alone has no prefix: every key counts for itself."""
     first, *others = state

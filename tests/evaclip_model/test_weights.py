@@ -102,7 +102,8 @@ def test_another_resolution_gets_resized_positions(tmp_path: Path):
 
 def test_a_released_checkpoint_loads_with_its_tables_ignored(tmp_path: Path):
     path = tmp_path / "released.pt"
-    torch.save({"module": {f"module.{k}": v for k, v in released(model()).items()}}, path)
+    state = {f"module.{k}": v for k, v in released(model()).items()}
+    torch.save({"model_state_dict": {"module": state}}, path)
     target = model(1)
     report = load_weights(target, path)
     assert_equal(target, model())

@@ -482,6 +482,12 @@ def test_names_and_captions_of_every_spelling_are_taken_from_tars(tmp_path: Path
     assert said == ["upper", members["b.caption"].decode(), "text", "nothing to see"]
 
 
+def test_a_path_may_hold_what_other_programs_take_for_the_end_of_a_line(tmp_path: Path) -> None:
+    pack(tmp_path / "a\u2028b/0\x850.tar", [stranger(0)])
+    adopted(tmp_path / "adopt", tmp_path / "a\u2028b")
+    assert [one.name for one in read_adopted(tmp_path / "adopt")] == ["0\x850.tar"]
+
+
 def test_a_compressed_tar_by_a_plain_name_is_said_to_be_one(tmp_path: Path) -> None:
     path = pack(tmp_path / "0.tar", [stranger(1)])
     path.write_bytes(gzip.compress(path.read_bytes()))
@@ -542,7 +548,8 @@ def test_json_lines_may_list_captions_and_names_may_be_no_utf8(tmp_path: Path) -
     found.left.first.encode()
     write_pictures(tmp_path, range(2))
     lines = [{"image": "0.jpg", "caption": ["a", None, "b"]}, {"image": "1.jpg", "caption": []}]
+    lines += [{"image": "1.jpg", "caption": {"en": "an object is no text"}}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = inspect_source(str(tmp_path / "a.jsonl"))
     assert found is not None
-    assert (found.left.pairs, found.left.reasons["no_caption"]) == (2, 1)
+    assert (found.left.pairs, found.left.reasons["no_caption"]) == (2, 2)
