@@ -35,6 +35,8 @@ class Origin(NamedTuple):
     shard: str
     """Path of its tar, relative to the manifest."""
     key: str
+    image: int
+    """`number_bytes` of its stored image."""
 
 
 class Part(NamedTuple):

@@ -37,6 +37,7 @@ from evaclip_model.reading.samples import (
     Shard,
     ShardManifest,
     choose_caption,
+    number_bytes,
     read_captions,
 )
 from evaclip_model.reading.shard_store import ShardStore
@@ -371,9 +372,10 @@ class _ShardStream(NamedTuple):
                 f"{path} ends before sample {stop} of {self.shard.samples}: verify the shards again"
             )
         further = (self.captions.get(one.key, {}) for one in taken)
+        origins = (Origin(path, one.key, number_bytes(one.image)) for one in taken)
         return [
-            _Loaded(one.image, one.caption, captions, Origin(path, one.key), one.flaw)
-            for one, captions in zip(taken, further, strict=True)
+            _Loaded(one.image, one.caption, captions, origin, one.flaw)
+            for one, captions, origin in zip(taken, further, origins, strict=True)
         ]
 
     def close(self) -> None:

@@ -4,6 +4,7 @@
 import math
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -14,6 +15,7 @@ from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import LOGIT_BIAS, ModelConfig
 from evaclip_model.reading.config import SamplingConfig
+from evaclip_model.reading.samples import ShardManifest
 
 JOB_FILE = "train.json"
 METRICS_FILE = "metrics.jsonl"
@@ -128,6 +130,36 @@ class LoraConfig(Config):
                 )
 
 
+class TeacherConfig(Config):
+    """The `[train.teacher]` table: models whose similarities are learnt too, from features of the
+    very crops and captions that the stage shows, made before it."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    """What opens them, as `score` takes it; of several the mean divergence counts."""
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Share of the loss that is KL(teacher || student), in nats, of the softmax over the global
+    batch, of rows and columns; the rest is the objective's."""
+    logit_scale: float = Field(default=100.0, gt=0)
+    """Inverse temperature of the teachers' similarities."""
+    precision: Precision = "fp32"
+    """Type of the teachers' weights and activations."""
+
+
+def find_architecture(spec: str) -> ModelConfig | None:
+    """Of what opens as `spec`, a saved model's folder or FILE:ARCHITECTURE; none where only opening
+    it would tell."""
+    with suppress(InputError):
+        return ModelConfig.load(spec if Path(spec).is_dir() else spec.rpartition(":")[2])
+    return None
+
+
+def feature_bytes(spec: str) -> int:
+    """Of a pair's two features by a teacher, half precision; of one that is not known, as many as
+    of the paper's largest."""
+    architecture = find_architecture(spec)
+    return 2 * 2 * (architecture.embed_dim if architecture else 1024)
+
+
 class ValidationConfig(Config):
     """The `[train.validation]` table: loss and retrieval on pairs that the dataset holds out
     (`dataset.validation_share`), while training goes on."""
@@ -161,6 +193,7 @@ class TrainConfig(SamplingConfig):
         "validation",
         "epochs",
         "caption_weights",
+        "teacher",
         "text_tokens",
         "text_tokens_kept",
     )
@@ -215,8 +248,10 @@ class TrainConfig(SamplingConfig):
     objective: str = "softmax"
     """The loss: a name of `OBJECTIVES`. "softmax" is CLIP's, "sigmoid" SigLIP's."""
     same_caption: SameCaption = "negative"
-    """What other samples of the global batch with the caption of this one are to it, templates
-    aside: wrong answers, as CLIP has it; right ones too; or neither."""
+    """What other samples of the global batch with the caption of this one, templates aside, or with
+    its stored image are to it: wrong answers, as CLIP has it; right ones too; or neither."""
+    teacher: TeacherConfig | None = None
+    """Models to learn from besides the captions; none: from captions alone."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of softmax's target that is spread evenly over the whole global batch."""
     freeze: tuple[str, ...] = ()
@@ -280,6 +315,13 @@ class TrainConfig(SamplingConfig):
         }
         return self.model_copy(update=scaled)
 
+    def fit_to_shards(self, manifest: Path) -> Self:
+        """`fit_to_data` for the shards of a manifest."""
+        if self.epochs is None:
+            return self
+        held = ShardManifest.read(manifest).by_source().items()
+        return self.fit_to_data({name: sum(one.samples for one in of) for name, of in held})
+
     @property
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, in JSON's types: a checkpoint belongs to them."""
@@ -318,6 +360,8 @@ class TrainConfig(SamplingConfig):
             raise ValueError("label_smoothing is of objective 'softmax': set it to 0 for 'sigmoid'")
         if self.text_tokens is None and self.text_tokens_kept != "first":
             raise ValueError("text_tokens_kept = 'random' needs text_tokens: say how many are kept")
+        if self.teacher is not None and self.guards.spike_action == "rollback":
+            raise ValueError("teacher excludes guards.spike_action = 'rollback', which runs ahead")
         if {"vision", "text", "logit_scale"} == set(self.freeze):
             raise ValueError("freeze leaves nothing to train: take a part out of it")
         if self.lora is not None and self.optimizer == "lamb":
@@ -359,6 +403,8 @@ class TrainJob(Config):
     shards: Path | str
     """Manifest of the training shards, `shards.json`: a path, or a URL that fsspec knows. The
     shards lie where it lies."""
+    teachers: tuple[Path, ...] = ()
+    """Folder of the features by each of the stage's teachers (reading/teacher_features.py)."""
     run_dir: Path
     """Where metrics, checkpoints and the finished model go."""
     checkpoints: str | None = None
@@ -395,3 +441,9 @@ class TrainJob(Config):
     """Folder for shards that are fetched from a URL; none: in the run's folder."""
     shard_cache_bytes: int = Field(default=32 * 2**30, ge=0)
     """Room for fetched shards, of each rank."""
+
+    @model_validator(mode="after")
+    def _has_all_teachers(self) -> Self:
+        if len(self.teachers) != len(self.train.teacher.models if self.train.teacher else ()):
+            raise ValueError("teachers must name a folder of features for each of train.teacher")
+        return self

@@ -134,6 +134,11 @@ def shown_tokens(train: TrainConfig) -> float:
     return min(PACKED_TEXT_TOKENS, train.text_tokens or PACKED_TEXT_TOKENS)
 
 
+def pair_flops(config: ModelConfig) -> int:
+    """FLOPs of the features of an image and a web caption."""
+    return round(image_flops(config) + text_flops(config, PACKED_TEXT_TOKENS))
+
+
 def stage_flops_per_sample(config: ModelConfig, train: TrainConfig, *, text_tokens: float) -> float:
     """`train_flops_per_sample`, averaged over a training stage's schedule of masking."""
     first, end = train.patch_dropout, train.patch_dropout_end

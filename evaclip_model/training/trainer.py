@@ -27,6 +27,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import LOGIT_BIAS, ModelConfig
 from evaclip_model.reading.reader import Batch, BatchReader, ReadSettings
+from evaclip_model.reading.teacher_features import read_features
 from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.checkpoint.save_and_load import (
     CheckpointWriter,
@@ -78,7 +79,7 @@ from evaclip_model.training.stage_outputs import save_models, write_json
 from evaclip_model.training.training_step import (
     caption_lengths,
     forward_backward,
-    number_captions,
+    number_batch,
     step_inputs,
     tokenize_captions,
 )
@@ -136,6 +137,7 @@ class Rank:
         """Make ready for the first step. Raises InputError when the model, the shards or the
         settings cannot be used."""
         self._config = config = job.train
+        self._teachers = job.teachers
         self._should_stop = should_stop
         peers = Peers.every_rank()
         self.number, self.ranks = peers.rank, peers.count
@@ -173,12 +175,13 @@ class Rank:
         inputs = step_inputs(config, model.vision, step, batch.images, tokens, batch.positions)
         text_tokens = float(caption_lengths(tokens).double().mean())
         prepare_s = watch.take_lap()
-        kinds = number_captions(batch.captions, config, positions)
+        kinds = number_batch(batch, config)
         terms = forward_backward(
             self.engine,
             inputs.split_parts(self.part_size),
             self.objective,
             None if kinds is None else kinds.to(self.device),
+            [read_features(one, batch.positions, config).to(self.device) for one in self._teachers],
         )
         stats = gather_stats(
             RankRow(

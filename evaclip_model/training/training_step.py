@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -25,11 +25,14 @@ from torch import Tensor, nn
 
 from evaclip_model.model.layers import drop_path_rates
 from evaclip_model.model.model_config import VisionConfig
+from evaclip_model.reading.samples import number_bytes
 from evaclip_model.reading.transform import normalize_images
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.config import TrainConfig
 
 if TYPE_CHECKING:  # so that masks and captions can be had without the trainer
+    from evaclip_model.reading.read_worker import Origin
+    from evaclip_model.reading.reader import Batch
     from evaclip_model.training.engine.engine import Engine
     from evaclip_model.training.loss.objective import LossTerms, Objective
 
@@ -128,19 +131,21 @@ def forward_backward(
     parts: Sequence[ModelInputs],
     objective: Objective,
     captions: Tensor | None = None,
+    teachers: Sequence[Tensor] = (),
 ) -> StepTerms:
     """Compute the loss of the global batch, and leave its gradient with the engine. Every rank
-    calls it, with as many samples and parts as the others; `captions` [b] as an `Objective` takes
-    them.
+    calls it, with as many samples and parts as the others; `captions` [b, 2] and `teachers` as an
+    `Objective` takes them.
 
     One part is one forward and one backward pass. Of several all but the last pass forward twice;
     at any time the activations of one part are in memory, beside the features of all.
     """
     module = engine.module
+    given: dict[str, Any] = {"teachers": teachers} if teachers else {}
     if len(parts) == 1:
         image, text = _encode_part(module, parts[0])
         scalars = objective.read_scalars(module)
-        terms = objective.compute_terms(image, text, scalars, captions=captions)
+        terms = objective.compute_terms(image, text, scalars, captions=captions, **given)
         engine.backward(terms.loss, last=True)
         return _without_gradient(terms, image, text, scalars)
     *earlier, final = parts
@@ -156,7 +161,7 @@ def forward_backward(
     leaves = [images, texts, *scalars.values()]
     for leaf in leaves:
         leaf.requires_grad_()
-    terms = objective.compute_terms(images, texts, scalars, captions=captions)
+    terms = objective.compute_terms(images, texts, scalars, captions=captions, **given)
     d_images, d_texts, *d_scalars = torch.autograd.grad(terms.loss, leaves)
     sizes = [len(part) for part in parts]
     by_part = list(zip(torch.split(d_images, sizes), torch.split(d_texts, sizes), strict=True))
@@ -229,22 +234,19 @@ def cut_caption(caption: str, config: TrainConfig, position: int) -> str:
     return config.caption_separator.join(parts[:kept])
 
 
-def number_captions(
-    captions: Sequence[str], config: TrainConfig, positions: Sequence[int]
-) -> Tensor | None:
-    """[b] int64, equal on all ranks where captions as shown are, templates aside; none where
-    `same_caption` makes no difference of it. Of 131,072 captions two unequal ones have the same
-    number once in a billion batches."""
+def number_batch(batch: Batch, config: TrainConfig) -> Tensor | None:
+    """[b, 2] int64, equal on all ranks where captions as shown are, templates aside, and where
+    images are; none where `same_caption` makes no difference of it."""
     if config.same_caption == "negative":
         return None
-    shown = zip(captions, positions, strict=True)
-    return number_texts([cut_caption(text, config, position) for text, position in shown])
+    shown = zip(batch.captions, batch.positions.tolist(), strict=True)
+    return number_pairs([cut_caption(text, config, at) for text, at in shown], batch.origins)
 
 
-def number_texts(texts: Sequence[str]) -> Tensor:
-    """[n] int64, equal where texts are."""
-    numbers = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
-    return torch.from_numpy(np.frombuffer(b"".join(numbers), dtype="<i8").copy())
+def number_pairs(captions: Sequence[str], origins: Sequence[Origin]) -> Tensor:
+    """[n, 2] int64 of captions and images, equal where these are."""
+    texts = [number_bytes(text.encode()) for text in captions]
+    return torch.tensor([texts, [origin.image for origin in origins]]).T
 
 
 def _draw_number(purpose: str, seed: int, position: int, choices: int) -> int:

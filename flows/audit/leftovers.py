@@ -33,7 +33,7 @@ from tasks.artifacts.artifact import (
 )
 from tasks.dataset.config import STAGE as DATASET
 from tasks.download.config import STAGE as DOWNLOAD
-from tasks.embed.config import STAGE as EMBED
+from tasks.embed.config import STAGE as EMBED, TEACH
 from tasks.evaluate.config import STAGE as EVALUATE
 from tasks.initialise.config import STAGE as INITIALISE
 from tasks.interpolate.config import STAGE as INTERPOLATE
@@ -54,7 +54,7 @@ MADE_AGAIN = (
     *(".dry-run-*", ".doctor-*"),
 )
 DATA = (DOWNLOAD.name, ADOPT.name, VERIFY.name, JOIN.name, EMBED.name)
-MODELS = (TRAIN.name, INTERPOLATE.name)
+MODELS = (TRAIN.name, INTERPOLATE.name, TEACH.name)
 STAGES = (*DATA, MERGE.name, DATASET.name, INITIALISE.name, *MODELS, EVALUATE.name)
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 

@@ -18,7 +18,13 @@ from typing import Any
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SHARDS
-from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER, RESULT_FILE, TrainConfig
+from evaclip_model.training.config import (
+    METRICS_FILE,
+    MODEL_FOLDER,
+    RESULT_FILE,
+    TrainConfig,
+    feature_bytes,
+)
 from evaclip_model.training.cost import parameter_counts
 from flows.config.profile import Profile, load_profile
 from flows.config.recipe import Recipe, expected_samples, load_recipe, require_samples
@@ -59,7 +65,7 @@ from tasks.demo.config import STAGE as DEMO, DemoConfig
 from tasks.download.config import STAGE as DOWNLOAD, Crew
 from tasks.download.download import PROGRESS, download_images
 from tasks.download.shards import expected_bytes
-from tasks.embed.config import STAGE as EMBED, EmbedConfig
+from tasks.embed.config import FEATURES, STAGE as EMBED, TEACH, EmbedConfig
 from tasks.evaluate.config import ATTACHED, RESULTS, STAGE as EVALUATE, EvaluateConfig
 from tasks.initialise.config import REGISTRY, STAGE as INITIALISE, InitialiseConfig
 from tasks.interpolate.config import CHOICE, STAGE as INTERPOLATE, InterpolateConfig
@@ -372,9 +378,16 @@ def verifications_in(data: Step | Artifact) -> list[Step | Artifact]:
     return [data]
 
 
-def embed_step(site: Site, config: EmbedConfig, spec: str, verified: Step | Artifact) -> Step:
-    """The features of one verification's samples by one model; those of the verifications that a
-    retraining joins are there already."""
+def embed_step(
+    site: Site,
+    config: EmbedConfig,
+    spec: str,
+    data: Step | Artifact,
+    stream: TrainConfig | None = None,
+) -> Step:
+    """The features by one model of a verification's samples (those of the verifications that a
+    retraining joins are there already), or of what a stage, `stream`, shows of a dataset version.
+    """
     marks = OutsideMarks(site.demo)
     model, mark = find_model(site, marks, spec)
 
@@ -384,16 +397,29 @@ def embed_step(site: Site, config: EmbedConfig, spec: str, verified: Step | Arti
         machine = profile.machine
         return embed_samples(
             *(config, model, fetch_models({model: model}, profile)[model]),
-            *(verified.folder, out, report),
+            *(data.folder, out, report),
+            stream=stream,
             ranks=machine.rank_count,
             device=machine.device,
             workers=machine.workers,
             launch=machine.launch,
         )
 
-    inputs: dict[str, Input] = {Role.DATA: verified, Role.SUBJECT: mark}
+    inputs: dict[str, Input] = {Role.DATA: data, Role.SUBJECT: mark}
     what, title = f"features of every sample by {spec}", f"{EMBED.name} {spec}"
-    return Step(site.root, EMBED, config, inputs, make, what, marks.absent, title=title)
+    step = Step(site.root, EMBED, config, inputs, make, what, marks.absent, title=title)
+    if stream is None:
+        return step
+    each, precision = feature_bytes(spec), hash_marks([config.precision])
+    return replace(
+        step,
+        stage=TEACH,
+        config=stream,
+        inputs={Role.DATASET: data, Role.SUBJECT: mark, "precision": precision},
+        what=f"features of all crops and captions shown, {each:,} bytes a sample",
+        title=f"{TEACH.name} {stream.name} {spec}",
+        expected_bytes=stream.steps * stream.global_batch * each,
+    )
 
 
 def find_model(site: Site, marks: OutsideMarks, spec: str) -> tuple[str, str]:
@@ -532,14 +558,20 @@ def initialise_step(site: Site, config: InitialiseConfig) -> Step:
 
 
 def train_step(site: Site, config: TrainConfig, start: Step | Artifact, dataset: Step) -> Step:
+    teach: list[Step] = []
+    if config.teacher:
+        by = EmbedConfig(models=config.teacher.models, precision=config.teacher.precision)
+        teach = [embed_step(site, by, spec, dataset, config) for spec in by.models]
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
         from tasks.train.train import Inputs, train_model
 
-        inputs = Inputs(start.folder / MODEL_FOLDER, dataset.folder / SHARDS)
+        teachers = tuple(one.folder / FEATURES for one in teach)
+        inputs = Inputs(start.folder / MODEL_FOLDER, dataset.folder / SHARDS, teachers)
         return train_model(config, inputs, out, profile.launch, report)
 
     inputs: dict[str, Input] = {Role.START: start, Role.DATASET: dataset}
+    inputs |= {f"{Role.TEACHER}{number:04d}": one for number, one in enumerate(teach)}
     what = f"{config.steps:,} steps of {config.global_batch:,} = {config.samples_seen:,} samples"
     if config.epochs is not None:
         what = f"{config.epochs:g} epochs of the dataset's samples, {config.global_batch:,} a step"

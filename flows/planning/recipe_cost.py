@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from evaclip_model.model.model_config import ModelConfig
-from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.config import TrainConfig, feature_bytes, find_architecture
 from evaclip_model.training.cost import (
     gpu_memory,
+    pair_flops,
     parameter_counts,
     peak_flops,
     shown_tokens,
@@ -29,6 +30,7 @@ from flows.config.recipe import (
     source_yields,
 )
 from tasks.download.shards import expected_bytes
+from tasks.progress import format_bytes
 
 LARGE_ROWS = 1_000_000  # from here on an estimate is worth its lines
 METADATA_BYTES_PER_ROW = 222  # Re-LAION-2B: 467 GB of parquet for 2.1 billion rows
@@ -169,6 +171,23 @@ def estimate_stage(
     )
     if cut.fits:
         yield from _time_lines(recipe, model, train, machines, cut, utilisation)
+    for spec in train.teacher.models if train.teacher else ():
+        yield _encode_line(f"teacher {spec}", spec, train.samples_seen, machines, utilisation)
+
+
+def _encode_line(
+    what: str, spec: str, samples: int, machines: Machines, utilisation: float | None
+) -> Line:
+    """The features of samples by one model: bytes, and a forward pass at the rate of training."""
+    size = f"{format_bytes(samples * feature_bytes(spec))} of features"
+    architecture, peak = find_architecture(spec), peak_flops(machines.gpu)
+    if architecture is None or peak is None:
+        return Line(what, f"{size}, time not estimated", "the model's or the GPU's is not known")
+    flops, share = pair_flops(architecture), utilisation or TABLE_6_SHARE["whole images"]
+    hours = samples * flops / (peak * share) / 3600
+    price = f", price {hours * machines.price:,.0f}" if machines.price is not None else ""
+    origin = f"{samples:,} samples once, {flops / 1e9:,.0f} GFLOP each, {share:.0%} of the peak"
+    return Line(what, f"{size}, {hours:,.0f} GPU-hours{price}", origin)
 
 
 def _cannot_share(train: TrainConfig, ranks: int) -> str | None:
@@ -288,7 +307,10 @@ def engine_settings(recipe: Recipe, train: TrainConfig, machines: Machines) -> s
 
 
 def training_table(recipe: Recipe, machines: Machines, utilisation: float | None) -> Table:
-    lines: list[Line] = []
+    lines = [
+        _encode_line(f"embed {spec}", spec, expected_samples(recipe), machines, utilisation)
+        for spec in (recipe.embed.models if recipe.embed else ())
+    ]
     for train in planned_stages(recipe):
         lines.append(Line(train.name, "", ""))
         lines += estimate_stage(recipe, train, machines, utilisation)

@@ -25,6 +25,7 @@ from flows.graph.step import Step, finished_artifact
 from flows.planning.recipe_cost import GIB, cut_share, reader_bytes
 from flows.reporting.terminal import summarise_counts
 from tasks.artifacts.artifact import Role
+from tasks.embed.config import FEATURES, TEACH
 from tasks.process.launch import count_gpus, default_ranks
 from tasks.progress import format_bytes, report_nothing
 
@@ -228,11 +229,13 @@ def rehearse_training(recipe: Recipe, profile: Profile, graph: Graph) -> Iterato
     for config, step in zip(recipe.train, graph.train, strict=True):
         start = step.inputs[Role.START]
         assert isinstance(start, Step), "a recipe starts from weights that it makes"
-        missing = [one.stage.name for one in (graph.dataset, start) if not one.is_finished]
+        given = [one for one in step.inputs.values() if isinstance(one, Step)]
+        missing = [one.stage.name for one in given if not one.is_finished]
         if missing:
             yield f"{config.name}: not tried, {missing[0]} has not run yet"
             continue
-        inputs = Inputs(start.folder / MODEL_FOLDER, graph.dataset.folder / SHARDS)
+        teachers = tuple(one.folder / FEATURES for one in given if one.stage.name == TEACH.name)
+        inputs = Inputs(start.folder / MODEL_FOLDER, graph.dataset.folder / SHARDS, teachers)
         # Under the root, which all machines of a launch see.
         with TemporaryDirectory(dir=profile.root.resolve(), prefix=".dry-run-") as folder:
             found = try_out(config, inputs, Path(folder), profile.launch, report_nothing)

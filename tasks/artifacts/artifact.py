@@ -61,6 +61,8 @@ class Role:
     BASE = "base"
     """The dataset version whose choice is taken over."""
     DATASET = "dataset"
+    TEACHER = "teacher"
+    """Features that a training stage learns from, with four digits behind."""
     START = "start_from"
     END = "end"
     TRAINED = "train"

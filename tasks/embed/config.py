@@ -1,4 +1,5 @@
-"""The models that look at every sample: the `[embed]` table of a recipe.
+"""The models that look at every sample: the `[embed]` table of a recipe; teachers that look at what
+a training stage shows are in its own table.
 
 Not here: which samples their scores leave out (the dataset stage).
 """
@@ -7,6 +8,8 @@ from pydantic import Field
 
 from evaclip_model.choices import Precision
 from evaclip_model.config import Config
+from evaclip_model.reading.config import SamplingConfig
+from evaclip_model.training.config import TrainConfig
 from tasks.artifacts.artifact import Stage
 
 STAGE = Stage(
@@ -15,6 +18,14 @@ STAGE = Stage(
     tools=("torch", "pillow", "pyarrow"),
     ignores=("models",),  # their content is among the parents
 )
+SHOWN = {*SamplingConfig.model_fields, "samples_seen", "epochs"} - {"image_px"}
+"""Settings of a training stage that decide what it shows, with those of captions; a crop is a part
+of an image, which a teacher sees at its own size."""
+_OTHERS = {*TrainConfig.model_fields, *TrainConfig.RENAMED} - SHOWN
+TEACH = Stage(
+    *("teach", 1, STAGE.tools), ignores=tuple(_OTHERS - {"caption_templates", "caption_separator"})
+)
+"""Its artifact has files of reading/teacher_features.py, in the same folder."""
 FEATURES = "features"
 """Folder of the artifact: `000000.parquet` a shard of the verification that is used, by its number.
 Columns: place (in the shard, int32), uid, image and text (unit features, float16 lists of equal

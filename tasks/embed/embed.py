@@ -1,5 +1,5 @@
-"""Features of every usable sample of a verification by one model, a parquet file a shard: what is
-missing, running the ranks, the report.
+"""Features by one model, of every usable sample of a verification or of all that a training stage
+shows: what is missing, running the ranks, the report.
 
 Not here: encoding a shard (embed_shard.py); what scores decide (tasks/dataset).
 """
@@ -18,6 +18,9 @@ import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
+from evaclip_model.reading.samples import SHARDS
+from evaclip_model.reading.teacher_features import file_sizes, stream_file
+from evaclip_model.training.config import TrainConfig
 from tasks.artifacts.artifact import Made
 from tasks.embed.config import FEATURES, EmbedConfig
 from tasks.embed.embed_shard import EmbedJob
@@ -29,59 +32,66 @@ REPORT = "report.json"
 BINS = 40
 """Of the histogram of similarities, from -1 to 1."""
 MAX_IDLE_STARTS = 2
-"""Times in a row that ranks may end without another shard before the stage fails."""
+"""Times in a row that ranks may end without another file before the stage fails."""
 
 
 def embed_samples(
     config: EmbedConfig,
     name: str,
     model: str,
-    verified: Path,
+    data: Path,
     out: Path,
     report: Report,
     *,
+    stream: TrainConfig | None = None,
     ranks: int = 1,
     device: str = "cpu",
     workers: int | None = None,
     launch: RankLaunch | None = None,
 ) -> Made:
-    """Encode image and caption of every sample that a verification found usable.
+    """Encode image and caption of every sample that a verification found usable; or every crop and
+    caption that a training stage, `stream`, will show of a dataset version.
 
     The report calls the model `name`, also one that lies elsewhere. `ranks` processes, each with so
-    many `workers` that decode, or those of a `launch` over machines take missing shards in turn and
+    many `workers` that decode, or those of a `launch` over machines take missing files in turn and
     change no byte of the result: who writes a shard judges it, here they are counted. InputError:
     the model cannot be opened, its features are not finite, a shard changed, or the ranks die again
     and again."""
-    verdicts = read_verdicts(verified)
+    stream = stream.fit_to_shards(data / SHARDS) if stream else None
+    verdicts = [] if stream else read_verdicts(data)
     used = [number for number, verdict in enumerate(verdicts) if verdict.shard is not None]
-    folder = out / FEATURES
+    sizes = {number: verdicts[number].stored for number in used}
+    sizes = file_sizes(stream, stream.steps) if stream else sizes
+    folder, total = out / FEATURES, sum(sizes.values())
     folder.mkdir(parents=True, exist_ok=True)
-    total = sum(verdicts[number].stored for number in used)
     idle, before = 0, -1
-    while missing := sorted(set(used) - _list_finished(folder)):
+    while missing := sorted(set(sizes) - _list_finished(folder)):
         idle = idle + 1 if len(missing) == before else 0
         if idle > MAX_IDLE_STARTS:
-            raise InputError(f"the ranks ended {idle} times without another shard; see {out}/*.log")
+            raise InputError(f"the ranks ended {idle} times without another file; see {out}/*.log")
         before = len(missing)
         job = EmbedJob(
             model=model,
             precision=config.precision,
             device=device,
-            verified=verified.resolve(),
+            data=data.resolve(),
+            stream=stream,
             folder=folder.resolve(),
-            shards=tuple(missing),
+            files=tuple(missing),
             workers=workers,
         )
-        left = sum(verdicts[number].stored for number in missing)
+        left = sum(sizes[number] for number in missing)
         progress = _RankProgress(total - left, total, report)
         path = out / "job.json"
         write_atomically(path, job.model_dump_json())
-        reads = (verified.resolve(), Path(model).resolve())
+        reads = (data.resolve(), Path(model).resolve())
         share = min(ranks, len(missing))
         try:
             run_ranks("tasks.embed.embed_shard", path, share, progress.look, launch, reads)
         finally:
             path.unlink()  # tells other machines that it is over
+    if stream:
+        return Made({"samples": total}, (), tuple(stream_file(folder, number) for number in sizes))
     files = [shard_file(folder, number) for number in used]
     counts = _write_report(name, files, [verdicts[number] for number in used], out / REPORT)
     return Made(counts, (out / REPORT, *files))
@@ -93,7 +103,7 @@ def shard_file(folder: Path, number: int) -> Path:
 
 def _list_finished(folder: Path) -> set[int]:
     names = (name.partition(".") for name in os.listdir(folder))
-    return {int(number) for number, _, end in names if end == "parquet" and number}
+    return {int(number) for number, _, end in names if end in ("parquet", "npy") and number}
 
 
 def find_features(parts: Sequence[tuple[Path, Path]]) -> list[tuple[Path, int]]:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from evaclip_model.errors import InputError, escape_control
 from evaclip_model.files import write_atomically
-from evaclip_model.reading.samples import ShardManifest
 from evaclip_model.training.config import (
     DRY_RUN_FILE,
     EMA_FOLDER,
@@ -150,6 +149,8 @@ class Inputs(NamedTuple):
     """Folder of the model to start from."""
     shards: Path
     """`shards.json` of the dataset version."""
+    teachers: tuple[Path, ...] = ()
+    """Folders of the features of the stage's teachers."""
 
 
 def train_model(
@@ -163,7 +164,7 @@ def train_model(
             suffice for half as many pairs at once either, or what starts the ranks is not there.
         TrainingCrashed: the ranks end without making progress.
     """
-    config = _fit_to_data(config, inputs)
+    config = config.fit_to_shards(inputs.shards)
     if not (out / RESULT_FILE).is_file():
         _run_training(Follower(config, out.resolve() / METRICS_FILE, report), inputs, launch)
     result = json.loads((out / RESULT_FILE).read_text())
@@ -183,7 +184,7 @@ def try_out(
 ) -> dict[str, Any]:
     """Start the ranks for one step that is thrown away; nothing but `out` is written to. Returns
     what the trainer's `dry_run.json` says; raises as `train_model`."""
-    config = _fit_to_data(config, inputs)
+    config = config.fit_to_shards(inputs.shards)
     follower = Follower(config, out.resolve() / METRICS_FILE, report)
     status = _start_ranks(follower, inputs, launch, dry_run=True)
     if not (out / DRY_RUN_FILE).is_file():
@@ -193,13 +194,6 @@ def try_out(
         )
     found: dict[str, Any] = json.loads((out / DRY_RUN_FILE).read_text())
     return found
-
-
-def _fit_to_data(config: TrainConfig, inputs: Inputs) -> TrainConfig:
-    if config.epochs is None:
-        return config
-    held = ShardManifest.read(inputs.shards).by_source().items()
-    return config.fit_to_data({name: sum(one.samples for one in shards) for name, shards in held})
 
 
 def _run_training(follower: Follower, inputs: Inputs, launch: Launch) -> None:
@@ -285,7 +279,7 @@ def _start_ranks(
 
 def trainer_program(job: Path, inputs: Inputs) -> Program:
     """The program of the ranks of a training."""
-    reads = (inputs.start_from.resolve(), inputs.shards.resolve())
+    reads = tuple(one.resolve() for one in (inputs.start_from, inputs.shards, *inputs.teachers))
     ends = (job.with_name(name) for name in (RESULT_FILE, ERROR_FILE))
     over = " || ".join(f"[ -e {quote(str(end))} ]" for end in ends)
     return Program(WORKER, job, job.with_name(LOG_FILE), reads, over)
@@ -329,6 +323,7 @@ def _make_job(
         train=config,
         start_from=inputs.start_from.resolve(),
         shards=inputs.shards.resolve(),
+        teachers=tuple(one.resolve() for one in inputs.teachers),
         run_dir=out,
         **{**fitting, **{name: value for name, value in chosen.items() if value is not None}},
     )

@@ -15,6 +15,7 @@ from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import DeepSpeedEngine, TorchEngine, start_distributed
 from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.training_step import forward_backward, step_inputs
+from tests.evaclip_model.plain_loss import teachers_of
 from tests.evaclip_model.small_models import small_batch, small_model
 
 STEPS, SAMPLES = 20, 24
@@ -25,6 +26,9 @@ def train(engine, parts, options):
     options = {"samples_seen": STEPS * SAMPLES, "global_batch": SAMPLES, **RATES, **options}
     config = TrainConfig(name="x", image_px=32, lanes=6, warmup_steps=3, **options)
     model = small_model().train()
+    for name, value in make_objective(config).parameters.items():
+        if getattr(model, name, None) is None:
+            setattr(model, name, torch.nn.Parameter(torch.full((1,), value)))
     model.set_drop_path(config.drop_path)
     model.set_grad_checkpointing(config.grad_checkpointing)
     engine = (DeepSpeedEngine if engine == "deepspeed" else TorchEngine)(model, config)
@@ -40,7 +44,13 @@ def train(engine, parts, options):
         vision = model.config.vision
         inputs = step_inputs(config, vision, step, images[own], tokens[own], positions[own])
         micro_batch = share // parts
-        terms = forward_backward(engine, inputs.split_parts(micro_batch), make_objective(config))
+        known = teachers_of(SAMPLES, [5, 9]) if config.teacher else ()
+        terms = forward_backward(
+            engine,
+            inputs.split_parts(micro_batch),
+            make_objective(config),
+            teachers=[one[own] for one in known],
+        )
         if ranks > 1:
             dist.all_reduce(terms.loss)
         losses.append(terms.loss / ranks)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from evaclip_model.training.loss import contrastive
-from tests.evaclip_model.plain_loss import WAYS, caption_numbers, with_gradients
+from tests.evaclip_model.plain_loss import WAYS, pair_numbers, teachers_of, with_gradients
 
 
 def main(features: str, scale: float, out: Path) -> None:
@@ -20,9 +20,11 @@ def main(features: str, scale: float, out: Path) -> None:
     image, text = (
         whole[key].chunk(ranks)[rank].clone() for key in ("image_features_all", "text_features_all")
     )
-    captions = caption_numbers(len(image) * ranks).chunk(ranks)[rank]
+    captions = pair_numbers(len(image) * ranks).chunk(ranks)[rank]
     for name, way in WAYS.items():
-        found = with_gradients(contrastive.pair_terms, image, text, captions, scale, way)
+        teachers = teachers_of(len(image) * ranks, way.get("teachers", ()))
+        own = [one.chunk(ranks)[rank] for one in teachers]
+        found = with_gradients(contrastive.pair_terms, image, text, captions, scale, way, own)
         save_file(
             {key: value.contiguous() for key, value in found.items()},
             out / f"{name}-{rank}.safetensors",

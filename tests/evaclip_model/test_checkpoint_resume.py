@@ -5,8 +5,11 @@ import os
 import random
 import signal
 
+import numpy as np
 import pytest
+import torch
 
+from evaclip_model.reading.teacher_features import stream_file
 from tests.evaclip_model.trainer_runs import finish, job_of, start, wait_for
 from tests.faults.training import TOLERANCE, Training, differences
 
@@ -33,6 +36,33 @@ def test_killed_in_the_middle_of_a_save_it_goes_on_as_if_it_had_not_been(
         assert of_loss == of_weights == 0
     else:
         assert 0 < of_loss < TOLERANCE["bf16"]
+
+
+def test_so_it_does_with_the_sigmoid_loss_a_teacher_and_captions_in_part(
+    ranks, tiny_data, tmp_path
+):
+    teachers = tmp_path / "teachers"
+    teachers.mkdir()
+    features = torch.nn.functional.normalize(torch.randn(STEPS * 24, 2, 8), dim=-1)
+    np.save(stream_file(teachers, 0), features.numpy().astype(np.float16))
+    settings = {
+        "objective": "sigmoid",
+        "teacher": {"models": ["any"], "weight": 0.3},
+        "text_tokens": 5,
+        "text_tokens_kept": "random",
+        "job": {"teachers": [str(teachers)]},
+    }
+    whole, run = (
+        Training(ranks, tiny_data, tmp_path / name, "bf16", STEPS, **settings)
+        for name in ("whole", "run")
+    )
+    whole.to_the_end(2)
+    assert run.killed(2, random.Random(1), in_a_save=True)
+    run.to_the_end(2)
+    assert differences(run, whole) == (0, 0)
+    assert all(row["text_tokens"] <= 5 for row in rows_of(run.job))
+    # The master's: what the ranks compute with is the nearest number in bf16, sixteenths at -10.
+    assert -10.5 < run.weights()["logit_bias"].item() != -10
 
 
 def test_checkpoints_may_lie_at_a_url(ranks, tiny_data, tmp_path):

@@ -15,7 +15,14 @@ from evaclip_model.training.loss.contrastive import (
     gathered_contrastive_loss,
     pair_terms,
 )
-from tests.evaclip_model.plain_loss import WAYS, caption_numbers, plain_terms, with_gradients
+from tests.evaclip_model.plain_loss import (
+    TEACHER,
+    WAYS,
+    pair_numbers,
+    plain_terms,
+    teachers_of,
+    with_gradients,
+)
 
 HERE = Path(__file__).parent
 WORKER = HERE / "gather_worker.py"
@@ -77,9 +84,10 @@ def test_the_mean_over_ranks_is_the_whole_batch_in_one_process(on_ranks, tmp_pat
     whole = tmp_path / "features.safetensors"
     save_file({"image_features_all": image, "text_features_all": text}, whole)
     of = on_ranks(count, whole, SCALE)
-    captions = caption_numbers(30)
+    captions = pair_numbers(30)
     for name, way in WAYS.items():
-        expected = with_gradients(plain_terms, image, text, captions, SCALE, way)
+        given = image, text, captions, SCALE, way, teachers_of(30, way.get("teachers", ()))
+        expected = with_gradients(plain_terms, *given)
         got = of(name)
         for key, value in expected.items():
             if value.ndim:
@@ -96,7 +104,8 @@ def test_the_mean_over_ranks_is_the_whole_batch_in_one_process(on_ranks, tmp_pat
 def test_blocks_are_the_full_matrix_to_double_precision(monkeypatch, block, way):
     monkeypatch.setattr(contrastive, "BLOCK_ROWS", block[0])
     monkeypatch.setattr(contrastive, "BLOCK_COLUMNS", block[1])
-    given = *unit_features(23, 8, torch.float64), caption_numbers(23), 30.0, WAYS[way]
+    teachers = teachers_of(23, WAYS[way].get("teachers", ()))
+    given = *unit_features(23, 8, torch.float64), pair_numbers(23), 30.0, WAYS[way], teachers
     found, expected = (with_gradients(loss, *given) for loss in (pair_terms, plain_terms))
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -119,11 +128,12 @@ def test_memory_of_a_loss_does_not_grow_with_the_square_of_the_batch():
             return found
 
     features = unit_features(9000, 2)
-    for bias in ([], [torch.tensor(-10.0)]):
+    teachers = {"teachers": teachers_of(9000, [2]), "teacher": TEACHER}
+    for bias, given in (([], {}), ([torch.tensor(-10.0)], {}), ([], teachers)):
         made.clear()
         leaves = [side.clone().requires_grad_() for side in features]
         with Largest():
-            terms = pair_terms(*leaves, torch.tensor(9.0), *bias)
+            terms = pair_terms(*leaves, torch.tensor(9.0), *bias, **given)
             terms.loss.backward()
         assert max(made) == contrastive.BLOCK_ROWS * contrastive.BLOCK_COLUMNS
 

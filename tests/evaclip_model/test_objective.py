@@ -1,19 +1,27 @@
 """The settings and the memory of training's objectives; tests/test_guides.py adds another one."""
 
+import io
 import json
 import math
 import shutil
+import tarfile
+from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from evaclip_model.create import interpolate_weights, open_model
 from evaclip_model.errors import InputError
+from evaclip_model.reading.reader import BatchReader, ReadSettings
+from evaclip_model.reading.samples import Shard, ShardManifest
 from evaclip_model.training.config import TrainConfig, TrainJob
 from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.trainer import run_training
+from evaclip_model.training.training_step import number_batch
 from evaclip_model.weights.export import export_model
+from tests.evaclip_model.conftest import write_shard
 from tests.evaclip_model.trainer_runs import job_of
 
 
@@ -109,3 +117,34 @@ def test_equal_captions_are_what_the_recipe_says(tiny_data, tmp_path, objective)
     }
     assert len({round(loss, 6) for loss in losses.values()}) == 3
     assert losses["ignore"] < losses["negative"]
+
+
+def test_equal_images_belong_together_whatever_their_captions(tmp_path):
+    """As stored: what a recipe keeps of copies, and what a small source shows twice in a batch."""
+    rng = np.random.default_rng(0)
+    write_shard(tmp_path / "a.tar", "a", ["0", "1", "2", "3"], rng)
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        held = {one.name: tar.extractfile(one).read() for one in tar.getmembers()}
+    held["3.png"] = held["0.png"]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in held.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    size = (tmp_path / "a.tar").stat().st_size
+    shard = Shard(path="a.tar", source="a", samples=4, bytes=size, sha256="0" * 64)
+    ShardManifest(shards=(shard,)).write(tmp_path / "shards.json")
+    given = {"name": "x", "image_px": 16, "samples_seen": 4, "global_batch": 4, "lanes": 2}
+    config = TrainConfig(**given, same_caption="positive")
+    numbers = []
+    for workers in (0, 2):
+        settings = ReadSettings(workers=workers)
+        reader = BatchReader(tmp_path / "shards.json", config, rank=0, ranks=1, settings=settings)
+        with closing(reader), closing(reader.iterate_batches(0, 1)) as batches:
+            batch = next(batches)
+        numbers.append(number_batch(batch, config))
+        places = [int(origin.key) for origin in batch.origins]
+    assert torch.equal(*numbers)
+    texts, images = numbers[0][np.argsort(places)].T.tolist()
+    assert len(set(texts)) == 4 and images[0] == images[3] and len(set(images)) == 3
+    assert number_batch(batch, TrainConfig(**given)) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.loss.objective import Objective, make_objective
 from evaclip_model.training.training_step import ModelInputs, forward_backward, step_inputs
+from tests.evaclip_model.plain_loss import TEACHER, teachers_of
 from tests.evaclip_model.small_models import small_batch, small_model
 
 WORKER = Path(__file__).with_name("accumulation_worker.py")
@@ -50,19 +52,22 @@ class Plain:
         self.completed += last
 
 
-def gradients(micro_batch: int | None, precision: str = "fp64", **settings: str):
+def gradients(micro_batch: int | None, precision: str = "fp64", **settings: Any):
     """Terms of a step, and the gradient of every parameter by its name."""
     model = small_model(precision=precision).train()
     model.set_drop_path(CONFIG.drop_path)
     if settings.get("objective") == "sigmoid":
         model.logit_bias = torch.nn.Parameter(torch.full_like(model.logit_scale, -10))
     engine = Plain(model)
-    terms = forward_backward(engine, batch().split_parts(micro_batch), objective(**settings))
+    teachers = teachers_of(SAMPLES, [5, 9]) if "teacher" in settings else ()
+    terms = forward_backward(
+        engine, batch().split_parts(micro_batch), objective(**settings), teachers=teachers
+    )
     assert engine.completed == 1
     return terms, {name: p.grad for name, p in model.named_parameters()}
 
 
-def objective(**settings: str) -> Objective:
+def objective(**settings: Any) -> Objective:
     return make_objective(CONFIG.model_copy(update=settings))
 
 
@@ -74,11 +79,11 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     )
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("micro_batch", [5, 4, 1])
-def test_parts_give_the_gradient_of_the_whole_to_double_precision(micro_batch, loss):
-    whole, expected = gradients(None, objective=loss)
-    parts, found = gradients(micro_batch, objective=loss)
+@pytest.mark.parametrize("settings", [{}, {"objective": "sigmoid"}, {"teacher": TEACHER}], ids=str)
+@pytest.mark.parametrize("micro_batch", [6, 4, 3, 1])
+def test_parts_give_the_gradient_of_the_whole_to_double_precision(micro_batch, settings):
+    whole, expected = gradients(None, **settings)
+    parts, found = gradients(micro_batch, **settings)
     assert difference(found, expected) < 1e-9
     assert float(parts.scalars["logit_scale"]) == float(whole.scalars["logit_scale"])
     for name in ("loss", "image_to_text_accuracy", "text_to_image_accuracy"):
@@ -141,6 +146,12 @@ def test_twenty_steps_on_any_ranks_and_parts_train_the_same_model(
     plain, ranks, tmp_path, count, parts
 ):
     compare(plain, ranks, tmp_path, count, [parts], {})
+
+
+def test_so_they_do_with_the_sigmoid_loss_and_a_teacher(plain, ranks, tmp_path):
+    teacher = {"models": ["one", "another"], "weight": 0.3}
+    settings = {"objective": "sigmoid", "teacher": teacher, "lr_vision": 2e-3, "lr_text": 2e-3}
+    compare(plain, ranks, tmp_path, 2, [2], settings)
 
 
 @pytest.mark.slow

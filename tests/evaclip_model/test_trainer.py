@@ -35,6 +35,31 @@ def test_two_ranks_lose_what_one_loses(tiny_data, ranks, two_ranks, tmp_path):
     assert result["source_samples"] == {"a": 384, "b": 96}
 
 
+@pytest.mark.parametrize("same_caption", ["negative", "ignore"])
+def test_so_they_do_with_the_sigmoid_loss_and_in_parts(tiny_data, ranks, tmp_path, same_caption):
+    settings = {
+        "objective": "sigmoid",
+        "same_caption": same_caption,
+        "caption_separator": " ",  # so that many show the same
+        "lr_vision": 2e-4,
+        "lr_text": 2e-4,
+    }
+    job = job_of(tiny_data, tmp_path / "one", engine="torch", **settings)
+    alone = finish(ranks, start(ranks, 1, job), job)
+    job = job_of(tiny_data, tmp_path / "two", job={"micro_batch": 4}, **settings)
+    together = finish(ranks, start(ranks, 2, job), job)
+    assert together[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-6)
+    for name, allowed in {"loss": 1e-4, "grad_norm": 1e-3, "logit_bias": 1e-6}.items():
+        theirs = [row[name] for row in alone]
+        assert [row[name] for row in together] == pytest.approx(theirs, rel=allowed)
+    assert together[-1]["loss"] < together[0]["loss"]
+    assert abs(together[-1]["logit_bias"] + 10) > 1e-3
+    ours, theirs = (
+        load_file(tmp_path / at / "model" / "model.safetensors") for at in ("two", "one")
+    )
+    torch.testing.assert_close(ours["logit_bias"], theirs["logit_bias"], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_run_whose_rank_is_killed_ends_like_one_that_is_not(
     tiny_data, ranks, two_ranks, tmp_path, seed

@@ -80,7 +80,9 @@ class Kills:
 class Training:
     """One run of the tiny model, killed and continued."""
 
-    def __init__(self, ranks: Ranks, data: Path, folder: Path, precision: str, steps: int) -> None:
+    def __init__(
+        self, ranks: Ranks, data: Path, folder: Path, precision: str, steps: int, **changes: object
+    ) -> None:
         self._ranks, self._precision = ranks, precision
         self._overflows = OVERFLOWS.get(precision, 0)
         self.job = job_of(
@@ -89,6 +91,7 @@ class Training:
             samples_seen=(self._overflows + steps) * 24,
             precision=precision,
             checkpoint_every_steps=EVERY,
+            **changes,
         )
         self.kills = Kills()
         self._metrics = folder / "metrics.jsonl"

@@ -24,7 +24,7 @@ RECIPES = {
     "EVA-02-CLIP-E/14": "eva02-clip-e-14",
     "EVA-02-CLIP-E/14+": "eva02-clip-e-14-plus",
 }
-NOT_THE_PAPERS = {"demo", "finetune", "clipa-b-16", "clipa-l-14"}
+NOT_THE_PAPERS = {"demo", "finetune", "clipa-b-16", "clipa-l-14", "beyond-b-16", "beyond-l-14"}
 ABLATION = [
     "ablation-1-from-scratch",
     "ablation-2-eva-init",

@@ -9,9 +9,9 @@ nothing: the logarithm of the whole sum would be rounded at the size of the logi
 Shapes: b samples of a rank, B samples of the global batch, E joint channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaclip_model.model.layers import to_float32
+from evaclip_model.training.config import TeacherConfig
 from evaclip_model.training.loss.objective import BLOCK_COLUMNS, BLOCK_ROWS, LossTerms
 
 
@@ -48,6 +49,8 @@ def pair_terms(
     captions: Tensor | None = None,
     ignores_same: bool = False,
     label_smoothing: float = 0.0,
+    teachers: Sequence[Tensor] = (),
+    teacher: TeacherConfig | None = None,
     group: dist.ProcessGroup | None = None,
     is_whole_batch: bool = False,
 ) -> LossTerms:
@@ -61,9 +64,12 @@ def pair_terms(
         image_features, text_features: [b, E] of unit length; the same b on every rank.
         logit_scale: [] inverse temperature.
         logit_bias: [] added to all logits of the sigmoid loss; none for softmax.
-        captions: [b] int64, equal where captions are: such pairs belong together. None: all differ.
-        ignores_same: pairs of equal captions but a sample's own count neither way.
+        captions: [b, 2] int64 of captions and images: pairs of which one is equal belong together.
+            None: all differ.
+        ignores_same: such pairs, but a sample's own, count neither way.
         label_smoothing: share of softmax's target that is spread over all columns that count.
+        teachers: [b, 2, D] unit features by each teacher; `teacher.weight` of the loss is then the
+            mean of KL(teacher || student) over all columns, and the rest the above.
         is_whole_batch: these pairs are all, whatever ranks there are.
     """
     image, text = to_float32(image_features), to_float32(text_features)
@@ -78,23 +84,34 @@ def pair_terms(
         pair = torch.stack((image, text))
         both: Tensor = _Gather.apply(pair, group)  # type: ignore[no-untyped-call]
         all_image, all_text = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)
-        captions = None if captions is None else _gather_tensor(captions, group).flatten()
+        captions = None if captions is None else _gather_tensor(captions, group).flatten(0, 1)
     mine = slice(first_row, first_row + len(image))
     if captions is None:
         places = torch.arange(len(all_image), device=image.device)
-        matches = _Matches(places, mine, torch.ones_like(places[mine]), ignores=False)
+        matches = _Matches(places[:, None], mine, torch.ones_like(places[mine]), ignores=False)
     else:
-        _, kind, counts = torch.unique(captions, return_inverse=True, return_counts=True)
-        matches = _Matches(captions, mine, counts[kind[mine]], ignores_same)
+        matches = _Matches(captions, mine, _count_repeats(captions)[mine], ignores_same)
     with torch.autocast(image.device.type, enabled=False):  # half-precision logits cost accuracy
         scalars = [to_float32(logit_scale)]
-        compute: Callable[..., _Computed] = partial(_softmax_terms, matches, label_smoothing)
+        spread = partial(matches.spread_targets, label_smoothing, image.dtype)
+        compute: Callable[..., _Computed] = partial(_softmax_terms, matches, spread, spread)
         if logit_bias is not None:
             scalars.append(to_float32(logit_bias))
             compute = partial(_sigmoid_terms, matches)
-        return LossTerms(
-            *_Blockwise.apply(compute, image, text, all_image, all_text, *scalars)  # type: ignore[no-untyped-call]
+        sides = image, text, all_image, all_text
+        terms = LossTerms(*_Blockwise.apply(compute, *sides, *scalars))  # type: ignore[no-untyped-call]
+        if not teachers or teacher is None:
+            return terms
+        if not is_alone:
+            teachers = [_gather_tensor(one, group).flatten(0, 1) for one in teachers]
+        wanted, entropies = zip(
+            *(_teach_targets(teachers, teacher.logit_scale, mine, s, image.dtype) for s in (0, 1)),
+            strict=True,
         )
+        compute = partial(_softmax_terms, matches, *wanted)
+        crossed, _, _ = _Blockwise.apply(compute, *sides, scalars[0])  # type: ignore[no-untyped-call]
+        divergence = crossed - sum(entropies) / 2
+        return terms._replace(loss=terms.loss.lerp(divergence, teacher.weight))
 
 
 def _gather_tensor(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -145,22 +162,29 @@ class _Blockwise(torch.autograd.Function):
         return (None, *(gradients[0] * saved for saved in ctx.saved_tensors))
 
 
+_Targets = tuple[Tensor, Tensor | None]
+"""[h, w] of a block of softmax's targets, whose rows sum to 1 over all columns; [h, w] bool: left
+out (none: nothing is)."""
+
+
 @dataclass(frozen=True)
 class _Matches:
     """The pairs of a rank's rows and all columns that belong together, and those left out."""
 
     captions: Tensor
-    """[B] int64 of all columns."""
+    """[B, K] int64 of all columns; those belong together of which any is equal."""
     rows: slice
     """This rank's among them."""
     repeats: Tensor
-    """[b] columns with each row's caption, its own too."""
+    """[b] columns that belong to each row, its own too."""
     ignores: bool
 
     def cut_block(self, high: slice, wide: slice) -> tuple[Tensor, Tensor | None]:
         """[h, w] bool of rows and columns: they belong together; they count neither way (none: all
         count)."""
-        same = self.captions[self.rows][high, None] == self.captions[wide]
+        rows, columns = self.captions[self.rows][high], self.captions[wide]
+        pairs = zip(rows.unbind(1), columns.unbind(1), strict=True)
+        same = reduce(torch.logical_or, (one[:, None] == other for one, other in pairs))
         if not self.ignores:
             return same, None
         places = torch.arange(len(self.captions), device=same.device)
@@ -168,9 +192,9 @@ class _Matches:
         return own, same & ~own
 
     def spread_targets(
-        self, high: slice, wide: slice, smoothing: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
-        """[h, w] softmax's targets, whose rows sum to 1 over all columns, and what is left out."""
+        self, smoothing: float, dtype: torch.dtype, high: slice, wide: slice
+    ) -> _Targets:
+        """Softmax's targets of a block, and what is left out."""
         right, left_out = self.cut_block(high, wide)
         repeats, columns = self.repeats[high, None].to(dtype), len(self.captions)
         shares, counted = (1.0, columns - repeats + 1) if self.ignores else (repeats, columns)
@@ -180,34 +204,73 @@ class _Matches:
         return (targets if left_out is None else targets.masked_fill_(left_out, 0)), left_out
 
     def count_hits(self, best: Tensor) -> Tensor:
-        """Share [] of the rows whose `best` column [b] has their caption."""
-        return (self.captions[best] == self.captions[self.rows]).float().mean()
+        """Share [] of the rows to which their `best` column [b] belongs."""
+        return (self.captions[best] == self.captions[self.rows]).any(1).float().mean()
+
+
+def _count_repeats(captions: Tensor) -> Tensor:
+    """[B] how many of captions [B, 2] share a number with each; what shares both counts once."""
+    counted = torch.zeros_like(captions[:, 0])
+    for numbers, sign in (captions[:, 0], 1), (captions[:, 1], 1), (captions, -1):
+        _, kind, counts = torch.unique(numbers, True, True, True, dim=0)
+        counted += sign * counts[kind]
+    return counted
+
+
+def _teach_targets(
+    teachers: Sequence[Tensor], scale: float, mine: slice, side: int, dtype: torch.dtype
+) -> tuple[Callable[[slice, slice], _Targets], Tensor]:
+    """Softmax's targets of the rows `mine` of a `side`, 0 images or 1 captions: the mean of the
+    softmaxes by teachers' features [B, 2, D]; and these' mean entropy [] in nats."""
+    sides = [(scale * one[mine, side].to(dtype), one[:, 1 - side]) for one in teachers]
+    sums = [rows.new_full((len(rows),), -torch.inf) for rows, _ in sides]
+    means = [torch.zeros_like(one) for one in sums]
+
+    def cut_block(teacher: int, high: slice, wide: slice) -> Tensor:
+        rows, columns = sides[teacher]
+        return rows[high] @ columns[wide].to(dtype).T
+
+    for one, (rows, columns) in enumerate(sides):
+        for high, wide in _iterate_blocks(len(rows), len(columns)):
+            logits = cut_block(one, high, wide)
+            here = logits.logsumexp(1)
+            total = torch.logaddexp(sums[one][high], here)
+            own = logits.softmax(1).mul_(logits).sum(1).mul_((here - total).exp())
+            means[one][high] = means[one][high] * (sums[one][high] - total).exp() + own
+            sums[one][high] = total
+
+    def spread_targets(high: slice, wide: slice) -> _Targets:
+        shares = [
+            cut_block(one, high, wide).sub_(sums[one][high, None]).exp_()
+            for one in range(len(sides))
+        ]
+        return torch.stack(shares).mean(0), None
+
+    return spread_targets, (torch.stack(sums) - torch.stack(means)).mean()
 
 
 def _softmax_terms(
     matches: _Matches,
-    smoothing: float,
+    of_images: Callable[[slice, slice], _Targets],
+    of_texts: Callable[[slice, slice], _Targets],
     image: Tensor,
     text: Tensor,
     all_image: Tensor,
     all_text: Tensor,
     scale: Tensor,
 ) -> _Computed:
-    image_loss, image_hits, d_image, d_all_text = _softmax_rows(
-        matches, smoothing, image, all_text, scale
-    )
-    text_loss, text_hits, d_text, d_all_image = _softmax_rows(
-        matches, smoothing, text, all_image, scale
-    )
+    image_loss, image_best, d_image, d_all_text = _softmax_rows(of_images, image, all_text, scale)
+    text_loss, text_best, d_text, d_all_image = _softmax_rows(of_texts, text, all_image, scale)
+    hits = matches.count_hits(image_best), matches.count_hits(text_best)
     d_scale = (d_image * image).sum() + (d_text * text).sum()
     gradients = [d.mul_(scale) for d in (d_image, d_text, d_all_image, d_all_text)]
-    return (image_loss + text_loss) / 2, image_hits, text_hits, [*gradients, d_scale]
+    return (image_loss + text_loss) / 2, *hits, [*gradients, d_scale]
 
 
 def _softmax_rows(
-    matches: _Matches, smoothing: float, rows: Tensor, columns: Tensor, scale: Tensor
+    targets_of: Callable[[slice, slice], _Targets], rows: Tensor, columns: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss and share of hits [] of rows [b, E]; the gradient of half the loss, over `scale`,
+    """Mean loss [] and best column [b] of rows [b, E]; the gradient of half the loss, over `scale`,
     by rows and columns [B, E]."""
     lowest = torch.finfo(rows.dtype).min  # -inf times a target of 0 would be no number
     highest = rows.new_full((len(rows),), lowest)
@@ -215,7 +278,7 @@ def _softmax_rows(
     best = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
 
     def block_of(high: slice, wide: slice) -> tuple[Tensor, Tensor]:
-        targets, left_out = matches.spread_targets(high, wide, smoothing, rows.dtype)
+        targets, left_out = targets_of(high, wide)
         logits = scale * rows[high] @ columns[wide].T
         return (logits if left_out is None else logits.masked_fill_(left_out, lowest)), targets
 
@@ -234,7 +297,7 @@ def _softmax_rows(
         d_rows[high].addmm_(part, columns[wide])
         d_columns[wide].addmm_(part.T, rows[high])
     loss = (highest + sums.log() - aims).mean()
-    return loss, matches.count_hits(best), d_rows, d_columns
+    return loss, best, d_rows, d_columns
 
 
 def _sigmoid_terms(

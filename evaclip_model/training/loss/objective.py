@@ -9,12 +9,12 @@ memory without it. The formulas are in contrastive.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaclip_model.model.model_config import INITIAL_LOGIT_BIAS, INITIAL_LOGIT_SCALE, LOGIT_BIAS
-from evaclip_model.training.config import OBJECTIVES, TrainConfig
+from evaclip_model.training.config import OBJECTIVES, TrainConfig, feature_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,6 +67,7 @@ class Objective:
         scalars: Mapping[str, Tensor],
         *,
         captions: Tensor | None = None,
+        teachers: Sequence[Tensor] = (),
         is_whole_batch: bool = False,
     ) -> LossTerms:
         """The loss of this rank's pairs within the global batch; every rank calls it.
@@ -76,7 +77,10 @@ class Objective:
         Args:
             image, text: [b, E] features of unit length; row i of both is one pair.
             scalars: as `read_scalars` gives them.
-            captions: [b] int64, equal where captions are; none unless `same_caption` asks for it.
+            captions: [b, 2] int64, equal where captions, or images, are; none unless `same_caption`
+                asks for it.
+            teachers: [b, 2, D] unit features of these images and captions by each teacher of the
+                stage; none: without its divergence.
             is_whole_batch: these pairs are all, whatever ranks there are.
         """
         from evaclip_model.training.loss.contrastive import pair_terms
@@ -88,13 +92,17 @@ class Objective:
             captions=captions,
             ignores_same=self._config.same_caption == "ignore",
             label_smoothing=self._config.label_smoothing,
+            teachers=teachers,
+            teacher=self._config.teacher,
             is_whole_batch=is_whole_batch,
         )
 
     def gpu_bytes(self, rows: int, columns: int) -> float:
         """Most bytes of a GPU's memory that the loss of a rank's `rows` pairs within a global batch
         of `columns` takes beside the features."""
-        return BLOCKS * 4 * min(rows, BLOCK_ROWS) * min(columns, BLOCK_COLUMNS)
+        models = self._config.teacher.models if self._config.teacher else ()
+        blocks = BLOCKS * 4 * min(rows, BLOCK_ROWS) * min(columns, BLOCK_COLUMNS)
+        return blocks + sum(map(feature_bytes, models)) * columns
 
 
 class SigmoidObjective(Objective):

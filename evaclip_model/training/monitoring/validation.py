@@ -28,7 +28,7 @@ from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.loss.objective import Objective
-from evaclip_model.training.training_step import number_texts
+from evaclip_model.training.training_step import number_pairs
 from evaclip_model.zeroshot import exact_ranks, set_layout
 from evaclip_model.zeroshot.imagenet_prompts import PLACEHOLDER
 from evaclip_model.zeroshot.statistics import count_hits, hit_rate
@@ -40,10 +40,12 @@ RECALLS = (1, 5)
 
 
 class HeldOutPairs(NamedTuple):
-    """Pairs that are held out, the same on every rank; images [N, 3, S, S] uint8."""
+    """Pairs that are held out, the same on every rank; images [N, 3, S, S] uint8, and what
+    `number_pairs` says of them."""
 
     images: Tensor
     captions: tuple[str, ...]
+    numbers: Tensor
 
 
 def read_held_out(shards: Path | str, config: TrainConfig, settings: ReadSettings) -> HeldOutPairs:
@@ -71,7 +73,9 @@ def read_held_out(shards: Path | str, config: TrainConfig, settings: ReadSetting
     # A pair stands in the place of one that cannot be read, and must not be its own negative.
     places = {origin: place for place, origin in enumerate(batch.origins)}
     kept = sorted(places.values())
-    return HeldOutPairs(batch.images[kept], tuple(batch.captions[place] for place in kept))
+    captions = tuple(batch.captions[place] for place in kept)
+    numbers = number_pairs(captions, [batch.origins[place] for place in kept])
+    return HeldOutPairs(batch.images[kept], captions, numbers)
 
 
 @torch.no_grad()
@@ -91,13 +95,9 @@ def validate_model(
 
     images = encode_in_blocks(model, len(pairs.images), encode_images)
     texts = _encode_texts(model, [template.replace("{}", text) for text in pairs.captions])
-    captions = number_texts(pairs.captions) if config.same_caption != "negative" else None
+    captions = pairs.numbers.to(images.device) if config.same_caption != "negative" else None
     terms = objective.compute_terms(
-        images,
-        texts,
-        objective.read_scalars(model),
-        captions=None if captions is None else captions.to(images.device),
-        is_whole_batch=True,
+        images, texts, objective.read_scalars(model), captions=captions, is_whole_batch=True
     )
     model.train(was_training)
     if not (images.isfinite().all() and texts.isfinite().all()):

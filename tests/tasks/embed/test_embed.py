@@ -83,9 +83,9 @@ def test_ranks_and_kills_change_no_byte(verified, model, tmp_path):
         model=str(model),
         precision="fp32",
         device="cpu",
-        verified=verified.folder,
+        data=verified.folder,
         folder=tmp_path / "two" / FEATURES,
-        shards=(0, 1),
+        files=(0, 1),
         workers=1,
     )
     (tmp_path / "two" / FEATURES).mkdir(parents=True)
