@@ -83,8 +83,7 @@ class BrokenShard(ValueError):
 
 
 def number_bytes(data: bytes | memoryview) -> int:
-    """64 bits of a hash, signed, equal where bytes are. Of 131,072 unequal ones two have the same
-    number once in a billion batches."""
+    """64 bits of a hash, signed; two of 131,072 unequal ones are equal once in a billion times."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 

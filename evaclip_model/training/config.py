@@ -146,8 +146,7 @@ class TeacherConfig(Config):
 
 
 def find_architecture(spec: str) -> ModelConfig | None:
-    """Of what opens as `spec`, a saved model's folder or FILE:ARCHITECTURE; none where only opening
-    it would tell."""
+    """Of a saved model's folder or FILE:ARCHITECTURE; none where only opening `spec` would tell."""
     with suppress(InputError):
         return ModelConfig.load(spec if Path(spec).is_dir() else spec.rpartition(":")[2])
     return None

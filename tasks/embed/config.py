@@ -18,13 +18,11 @@ STAGE = Stage(
     tools=("torch", "pillow", "pyarrow"),
     ignores=("models",),  # their content is among the parents
 )
-SHOWN = {*SamplingConfig.model_fields, "samples_seen", "epochs"} - {"image_px"}
-"""Settings of a training stage that decide what it shows, with those of captions; a crop is a part
-of an image, which a teacher sees at its own size."""
-_OTHERS = {*TrainConfig.model_fields, *TrainConfig.RENAMED} - SHOWN
-TEACH = Stage(
-    *("teach", 1, STAGE.tools), ignores=tuple(_OTHERS - {"caption_templates", "caption_separator"})
-)
+# A crop is a part of an image: a teacher sees it at a size of its own.
+_SHOWN = {*SamplingConfig.model_fields, "samples_seen", "epochs"} - {"image_px"}
+_SHOWN |= {"caption_templates", "caption_separator"}
+_OTHERS = {*TrainConfig.model_fields, *TrainConfig.RENAMED} - _SHOWN
+TEACH = Stage("teach", 1, tools=STAGE.tools, ignores=tuple(_OTHERS))
 """Its artifact has files of reading/teacher_features.py, in the same folder."""
 FEATURES = "features"
 """Folder of the artifact: `000000.parquet` a shard of the verification that is used, by its number.

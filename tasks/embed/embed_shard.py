@@ -92,10 +92,9 @@ def embed_share(
             say(RankState(done=done, share_of_peak=share))
 
         if job.stream is not None:
-            held = {"shard_cache": cache, "shard_cache_bytes": CACHE_BYTES}
-            reading = ReadSettings.model_validate({"workers": workers, **held})
+            read = ReadSettings(workers=workers, shard_cache=cache, shard_cache_bytes=CACHE_BYTES)
             for run in share_runs(job.files, split_stream(job.stream)[1], rank, ranks):
-                _embed_run(subject, job, job.stream, run, reading, pool, count)
+                _embed_run(subject, job, job.stream, run, read, pool, count)
             return
         verdicts, index = read_verdicts(job.data), SampleIndex(job.data)
         with closing(ShardStore(str(job.data), cache, CACHE_BYTES)) as store:
@@ -175,8 +174,7 @@ def _embed_run(
 ) -> None:
     """Write a run of a stream's files: read as the trainer does, each crop at the model's size."""
     steps, groups = split_stream(train)
-    size = subject.transform(Image.new("RGB", (8, 8))).shape[-1]
-    stream = train.model_copy(update={"image_px": size})
+    size = {"image_px": subject.transform(Image.new("RGB", (8, 8))).shape[-1]}
     captions: list[str] = []
 
     def load(pixels: np.ndarray) -> Tensor:
@@ -192,9 +190,8 @@ def _embed_run(
                 yield from (pool.map if pool else map)(load, part)
                 count(len(part))
 
-    reader = BatchReader(
-        *(job.data / SHARDS, stream), rank=run[0] % groups, ranks=groups, settings=reading
-    )
+    shards, stream = job.data / SHARDS, train.model_copy(update=size)
+    reader = BatchReader(shards, stream, rank=run[0] % groups, ranks=groups, settings=reading)
     first, last = run[0] // groups * steps, min((run[-1] // groups + 1) * steps, train.steps)
     with closing(reader), closing(reader.iterate_batches(first, last)) as batches:
         for number in run:

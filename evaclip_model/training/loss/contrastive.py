@@ -87,8 +87,8 @@ def pair_terms(
         captions = None if captions is None else _gather_tensor(captions, group).flatten(0, 1)
     mine = slice(first_row, first_row + len(image))
     if captions is None:
-        places = torch.arange(len(all_image), device=image.device)
-        matches = _Matches(places[:, None], mine, torch.ones_like(places[mine]), ignores=False)
+        captions = torch.arange(len(all_image), device=image.device)[:, None]
+        matches = _Matches(captions, mine, torch.ones_like(captions[mine, 0]), ignores=False)
     else:
         matches = _Matches(captions, mine, _count_repeats(captions)[mine], ignores_same)
     with torch.autocast(image.device.type, enabled=False):  # half-precision logits cost accuracy
@@ -104,13 +104,11 @@ def pair_terms(
             return terms
         if not is_alone:
             teachers = [_gather_tensor(one, group).flatten(0, 1) for one in teachers]
-        wanted, entropies = zip(
-            *(_teach_targets(teachers, teacher.logit_scale, mine, s, image.dtype) for s in (0, 1)),
-            strict=True,
-        )
-        compute = partial(_softmax_terms, matches, *wanted)
+        given = teachers, teacher.logit_scale, mine, image.dtype
+        (rows, of_rows), (columns, of_columns) = (_teach_targets(side, *given) for side in (0, 1))
+        compute = partial(_softmax_terms, matches, rows, columns)
         crossed, _, _ = _Blockwise.apply(compute, *sides, scalars[0])  # type: ignore[no-untyped-call]
-        divergence = crossed - sum(entropies) / 2
+        divergence = crossed - (of_rows + of_columns) / 2
         return terms._replace(loss=terms.loss.lerp(divergence, teacher.weight))
 
 
@@ -209,7 +207,7 @@ class _Matches:
 
 
 def _count_repeats(captions: Tensor) -> Tensor:
-    """[B] how many of captions [B, 2] share a number with each; what shares both counts once."""
+    """[B] how many of captions [B, 2] share a number with each, those that share both once."""
     counted = torch.zeros_like(captions[:, 0])
     for numbers, sign in (captions[:, 0], 1), (captions[:, 1], 1), (captions, -1):
         _, kind, counts = torch.unique(numbers, True, True, True, dim=0)
@@ -218,7 +216,7 @@ def _count_repeats(captions: Tensor) -> Tensor:
 
 
 def _teach_targets(
-    teachers: Sequence[Tensor], scale: float, mine: slice, side: int, dtype: torch.dtype
+    side: int, teachers: Sequence[Tensor], scale: float, mine: slice, dtype: torch.dtype
 ) -> tuple[Callable[[slice, slice], _Targets], Tensor]:
     """Softmax's targets of the rows `mine` of a `side`, 0 images or 1 captions: the mean of the
     softmaxes by teachers' features [B, 2, D]; and these' mean entropy [] in nats."""
@@ -240,10 +238,8 @@ def _teach_targets(
             sums[one][high] = total
 
     def spread_targets(high: slice, wide: slice) -> _Targets:
-        shares = [
-            cut_block(one, high, wide).sub_(sums[one][high, None]).exp_()
-            for one in range(len(sides))
-        ]
+        each = enumerate(sums)
+        shares = [cut_block(n, high, wide).sub_(one[high, None]).exp_() for n, one in each]
         return torch.stack(shares).mean(0), None
 
     return spread_targets, (torch.stack(sums) - torch.stack(means)).mean()
