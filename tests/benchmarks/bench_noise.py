@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from evaclip_model.training.config import MODEL_FOLDER
 from flows.graph.graph import load_graph
+from tasks.artifacts.artifact import Role
 from tasks.dataset.config import LEFT_OUT
 from tasks.demo.config import DemoConfig
 from tasks.demo.demo import URL_COLUMNS, write_metadata
@@ -81,7 +82,7 @@ def measure(
     """Precision and recall of what was left out, both top-1 in percent, their difference, and the
     CPU minutes of the run without a choice and of the one with it, which includes embedding."""
     before, model = run_recipe(recipe, changes)
-    data = load_graph(recipe, changes)[2].dataset.inputs["data"].folder
+    data = load_graph(recipe, changes)[2].dataset.inputs[Role.DATA].folder
     chunks = SampleIndex(data).iterate_chunks(key)
     keys = [value for table in chunks for value in table[key].to_pylist()]
     there = wrong & set(keys)

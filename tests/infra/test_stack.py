@@ -44,7 +44,7 @@ class Stack:
 
     def __init__(self, root, webhook):
         self.root, self.webhook = root, webhook
-        self._ports = {name: find_free_port() for name in ("prefect", "mlflow")}
+        self._ports = {name: find_free_port() for name in ("prefect", "mlflow", "search")}
         self.api = f"http://127.0.0.1:{self._ports['prefect']}/api"
 
     def make(self, what):
