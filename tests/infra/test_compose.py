@@ -132,7 +132,8 @@ def team(docker: Docker, image: str) -> Iterator[Team]:
         **{name: str(port) for name, port in ports.items()},
     }
     write_what_differs_here(docker)
-    made = Team(Path("/runs"), ports[names[0]], ports[names[1]], docker, settings)
+    # No page of search in the stack: nothing is asked of that port.
+    made = Team(Path("/runs"), ports[names[0]], ports[names[1]], 0, docker, settings)
     try:
         started = time.monotonic()
         said = made.type(commands("Bring it up"))
