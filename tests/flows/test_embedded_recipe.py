@@ -103,6 +103,32 @@ def test_the_next_retraining_embeds_only_the_shards_that_it_adopts(mine, model, 
     shutil.rmtree(made[1].folder)  # other tests search one artifact
 
 
+def test_a_teacher_looks_at_what_a_stage_will_show_once_for_all_its_students(mine, model) -> None:
+    asked = (f"train.tune.teacher.models=['{model}']", "train.tune.samples_seen=128")
+    graph, profile = draw(mine, *asked), Profile(root=mine.root)
+    (teach,) = (step for step in graph.steps if step.stage.name == "teach")
+    embed_dim = 4 * ModelConfig.load(model).embed_dim
+    assert teach.expected_bytes == 128 * embed_dim and f"{embed_dim:,} bytes a sample" in teach.what
+    made = {step.stage.name: step for step in graph.steps}
+    for step in (*graph.data_steps, made["initialise"], teach, graph.train[-1]):
+        if not step.is_finished:
+            step.make_artifact(profile, report_nothing)
+    (features,) = teach.folder.glob("features/*")
+    assert np.load(features).shape == (128, 2, embed_dim // 4)
+
+    def found(*changes: str) -> tuple[str, str]:
+        other = draw(mine, *asked, *changes)
+        digests = {step.stage.name: step.digest for step in other.steps}
+        return digests["teach"], digests["train"]
+
+    same, trained = teach.digest, graph.train[-1].digest
+    for change in ("lr_text=1e-5", "teacher.weight=0.7", "image_px=48", "text_tokens=9"):
+        of_teacher, of_student = found(f"train.tune.{change}")
+        assert of_teacher == same and of_student != trained
+    for change in ("seed=7", "caption_separator=' '", "teacher.precision='bf16'", "lanes=2"):
+        assert found(f"train.tune.{change}")[0] != same
+
+
 def test_features_decide_once_and_thresholds_take_their_choice_over(mine, model, embedded) -> None:
     """Of all pairs within the angle the one with the lower score goes; so does what is near to a
     picture that no hash takes for it."""
