@@ -186,6 +186,9 @@ bench-embed: $(VENV)/.dev ## features of shards a CPU second beside clip-retriev
 bench-noise: $(VENV)/.dev ## what keep_share finds of shuffled captions, and what that is worth, three seeds; IMAGES=6000 SAMPLES=30208 for a tenth (2 h)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_noise.py --images $(or $(IMAGES),60000) --samples $(or $(SAMPLES),120064)
 
+bench-objectives: $(VENV)/.dev ## what objectives, equal captions and a teacher are worth on Fashion-MNIST, three seeds; SAMPLES=15104 for an eighth (2 h)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_objectives.py --samples $(or $(SAMPLES),120064)
+
 interval-table: $(VENV)/.dev ## how often the intervals of figures hold the truth, by simulation, as the table of docs/evaluate.md (3 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/interval_coverage.py
 

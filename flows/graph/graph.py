@@ -411,14 +411,16 @@ def embed_step(
     if stream is None:
         return step
     each, precision = feature_bytes(spec), hash_marks([config.precision])
+    size = stream.steps * stream.global_batch * each
+    amount = format_bytes(size) if size else f"{each:,} bytes a sample"
     return replace(
         step,
         stage=TEACH,
         config=stream,
         inputs={Role.DATASET: data, Role.SUBJECT: mark, "precision": precision},
-        what=f"features of all crops and captions shown, {each:,} bytes a sample",
+        what=f"features of all crops and captions shown, {amount}",
         title=f"{TEACH.name} {stream.name} {spec}",
-        expected_bytes=stream.steps * stream.global_batch * each,
+        expected_bytes=size,
     )
 
 

@@ -92,13 +92,9 @@ def embed_samples(
             path.unlink()  # tells other machines that it is over
     if stream:
         return Made({"samples": total}, (), tuple(stream_file(folder, number) for number in sizes))
-    files = [shard_file(folder, number) for number in used]
+    files = [folder / f"{number:06d}.parquet" for number in used]
     counts = _write_report(name, files, [verdicts[number] for number in used], out / REPORT)
     return Made(counts, (out / REPORT, *files))
-
-
-def shard_file(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.parquet"
 
 
 def _list_finished(folder: Path) -> set[int]:
