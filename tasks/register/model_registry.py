@@ -26,6 +26,7 @@ from PIL import Image
 import evaclip_model
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
+from evaclip_model.model.model_config import CONFIG_FILE
 from evaclip_model.tokenizer.bundled_assets import bundle_assets
 from evaclip_model.training.config import MODEL_FOLDER
 from evaclip_model.weights.checkpoint_files import REFERENCE_FILE, WEIGHTS_FILE, Reference
@@ -438,6 +439,9 @@ def _stored_precision(weights: Path) -> Precision:
 
 def _check_weights(folder: Path, version: ModelVersion) -> None:
     expected, name = version.tags.get(WEIGHTS_TAG), f"{version.name}/{version.version}"
+    missing = [one for one in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / one).is_file()]
+    if missing:
+        raise InputError(f"{name} was registered with {missing[0]}, now gone: register it again")
     if not expected:
         said = "%s has no checksum in the registry: nothing confirms that these are its weights"
         _log.warning(said, name)

@@ -93,6 +93,12 @@ def test_weights_that_are_gone_or_others_leave_what_was_pulled_before(
             pull_model(store.uri, "clip/2", folder)
     finally:
         weights.write_bytes(kept)
+    (registered,) = (root / "mlflow-artifacts").rglob("model.safetensors")
+    for name in ("model.safetensors", "config.json"):
+        registered.with_name(name).rename(root / "taken away")
+        with pytest.raises(InputError, match=f"clip/1 was registered with {name}, now gone"):
+            pull_model(store.uri, "clip/1", folder)
+        (root / "taken away").rename(registered.with_name(name))
     assert sha256_of(folder / "model.safetensors") == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -106,6 +112,7 @@ def test_a_registry_entry_of_a_stranger_brings_no_file_that_it_names(
     private, model = tmp_path / "id_rsa", tmp_path / "entry" / "artifacts" / "model"
     private.write_text("PRIVATE KEY\n")
     model.mkdir(parents=True)
+    (model / "config.json").touch()
     known = sha256_of(private)
     (tmp_path / "runs" / "link").symlink_to(private)
 
