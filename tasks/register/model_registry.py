@@ -439,8 +439,7 @@ def _stored_precision(weights: Path) -> Precision:
 
 def _check_weights(folder: Path, version: ModelVersion) -> None:
     expected, name = version.tags.get(WEIGHTS_TAG), f"{version.name}/{version.version}"
-    missing = [one for one in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / one).is_file()]
-    if missing:
+    if missing := [one for one in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / one).is_file()]:
         raise InputError(f"{name} was registered with {missing[0]}, now gone: register it again")
     if not expected:
         said = "%s has no checksum in the registry: nothing confirms that these are its weights"

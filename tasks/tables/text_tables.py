@@ -33,7 +33,6 @@ FIRST_ROWS = 10_000
 """Of JSON Lines, whose rows may have any columns."""
 MAX_LINES_OF_ROW = 100
 MAX_LINE_BYTES = 1 << 24
-MAX_LIST_CHARS = 10_000
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BOM = b"\xef\xbb\xbf"
 _UNCLOSED = "unexpected end of data"
@@ -107,7 +106,7 @@ def parse_list(written: str, kind: TextFormat) -> list[Any] | None:
     try:
         found = json.loads(written)
     except (ValueError, RecursionError):
-        if kind == "csv" and len(written) <= MAX_LIST_CHARS:
+        if kind == "csv" and len(written) <= 10_000:
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 # numpy has no commas: Python would read all texts as one.
                 found = ast.literal_eval(re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", written))

@@ -107,10 +107,8 @@ def _read_coco(content: Any, listing: Path, split: str) -> Captions:
         found: dict[int, list[str]] = {number: [] for number in names}
         for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
             if entry["image_id"] not in found or not isinstance(entry.get("caption"), str):
-                raise InputError(
-                    f"{listing}: annotation {entry['id']} has no caption, or is of an image that "
-                    f"'images' does not have ({entry['image_id']!r}): leave it out"
-                )
+                which = f"annotation {entry['id']} of image {entry['image_id']!r}"
+                raise InputError(f"{listing}: {which} has no caption, or no such image: mend it")
             found[entry["image_id"]].append(entry["caption"])
         return _group_captions((names[one], texts) for one, texts in found.items() if texts)
     chosen = [entry for entry in content["images"] if entry["split"] == split]
