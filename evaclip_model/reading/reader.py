@@ -1,20 +1,31 @@
 """Batches for training, the same whatever the number of ranks and of reading processes.
 
-Not here: the order (order.py); pixels (transform.py); fetching shards (shard_store.py); worker
-processes (read_worker.py); tokens and masks (training/trainer.py).
+Not here: the order (order.py); pixels (transform.py); fetching shards (shard_store.py); tokens and
+masks (training/trainer.py).
 
 A batch is a function of (shards, settings, step): a run that resumes asks for the next step, and
 nothing has to be replayed. A sample that cannot be decoded is counted and replaced by the one after
 it in the same window. webdataset's pipelines know no place to go on from.
+
+Processes may read and decode ahead. A worker is a rank within the rank: it owns an equal run of the
+rank's lanes and makes their part of every step, so how many there are changes no batch and no shard
+is read twice. Images come in memory shared with the rank, a ring of `SLOTS` steps; captions and
+counts in a line of JSON. A worker whose rank is gone reads the end of its standard input, or fails
+to write, and ends.
 """
 
 from __future__ import annotations
 
+import json
+import mmap
+import os
+import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +39,6 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.order import ORDERS, Mixture, Piece
-from evaclip_model.reading.read_worker import Origin, Worker, serve_parts
 from evaclip_model.reading.samples import (
     BrokenShard,
     Captions,
@@ -47,6 +57,35 @@ from evaclip_model.reading.urls import is_url, resolve_location
 SHARDS_AHEAD = 2
 """Shards of every lane and source at hand or on their way: the one in use, and the next."""
 WORKER = (sys.executable, "-m", __name__)
+SLOTS = 3
+"""Steps that a worker may be ahead of its rank."""
+END_S = 10.0
+"""Seconds for a worker to end once its input is closed."""
+_GO = b"."
+
+
+class Origin(NamedTuple):
+    """Origin of a sample of a batch."""
+
+    shard: str
+    """Path of its tar, relative to the manifest."""
+    key: str
+    image: int
+    """`number_bytes` of its stored image."""
+
+
+class Part(NamedTuple):
+    """A worker's part of a step."""
+
+    images: Tensor
+    """[b, 3, S, S] uint8, in shared memory until the next part is asked for."""
+    captions: Sequence[str]
+    origins: Sequence[Origin]
+    bad: Mapping[str, int]
+
+
+class WorkerFailed(RuntimeError):
+    """A worker ended without a reason of the user's making; its standard error says why."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +187,13 @@ class BatchReader:
                 "copies for negatives; set it lower, or add samples"
             )
         self._decode = decode_fast if config.decode == "fast" else decode_image
-        self._store = _open_store(shards, manifest, settings, rank, ranks)
+        is_remote = is_url(shards) or any(is_url(shard.path) for shard in manifest.shards)
+        if is_remote and settings.shard_cache is None:
+            raise InputError(f"{shards} has shards at URLs: name a folder to fetch them into")
+        folder = str(shards).rpartition("/")[0] if is_url(shards) else str(Path(shards).parent)
+        cache = settings.shard_cache if is_remote else None
+        room = settings.shard_cache_bytes
+        self._store = ShardStore(folder, cache, room, rank=rank, ranks=ranks)
         total = sum(shard.bytes for shards in self._shards for shard in shards)
         self._room_for_all = total <= settings.cache_bytes
         self._room = settings.cache_bytes - total if self._room_for_all else 0
@@ -253,7 +298,7 @@ class BatchReader:
                 "first_step": first_step,
                 "steps": steps,
             }
-            yield Worker(WORKER, settings, (images, 3, config.image_px, config.image_px))
+            yield Worker(settings, (images, 3, config.image_px, config.image_px))
 
     def _draw_sample(
         self, source: int, lane: int, draw: int, position: int
@@ -337,22 +382,6 @@ class BatchReader:
         return _ShardStream(shard, self._store.open_shard(shard), further)
 
 
-def serve_batches(sent: Mapping[str, Any]) -> Iterator[tuple[Batch, Mapping[str, int]]]:
-    """A worker's batches, with what was bad in each, from the settings that its rank sent."""
-    reader = BatchReader(
-        sent["shards"],
-        SamplingConfig(**sent["sampling"]),
-        rank=sent["rank"],
-        ranks=sent["ranks"],
-        settings=ReadSettings(**sent["settings"]),
-    )
-    with closing(reader):
-        for batch in reader.iterate_batches(sent["first_step"], sent["steps"]):
-            bad = dict(reader.bad)
-            reader.bad.clear()
-            yield batch, bad
-
-
 class _ShardStream(NamedTuple):
     """A shard read front to back, once, in parts."""
 
@@ -382,17 +411,6 @@ class _ShardStream(NamedTuple):
         self.samples.close()
 
 
-def _open_store(
-    shards: Path | str, manifest: ShardManifest, settings: ReadSettings, rank: int, ranks: int
-) -> ShardStore:
-    is_remote = is_url(shards) or any(is_url(shard.path) for shard in manifest.shards)
-    if is_remote and settings.shard_cache is None:
-        raise InputError(f"{shards} has shards at URLs: name a folder to fetch them into")
-    folder = str(shards).rpartition("/")[0] if is_url(shards) else str(Path(shards).parent)
-    cache = settings.shard_cache if is_remote else None
-    return ShardStore(folder, cache, settings.shard_cache_bytes, rank=rank, ranks=ranks)
-
-
 def _resolve_weights(
     by_source: Mapping[str, Sequence[Shard]], config: SamplingConfig, shards: Path | str
 ) -> dict[str, float]:
@@ -407,5 +425,116 @@ def _resolve_weights(
     return {name: weights[name] for name in by_source if name in weights}
 
 
+class Worker:
+    """One worker, seen from its rank."""
+
+    def __init__(self, settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+        """Start a process with `settings` of JSON's types, for `serve_parts`, and the part's image
+        shape [b, 3, S, S]; its first parts are made at once."""
+        memory = os.memfd_create("evaclip-images")
+        os.ftruncate(memory, SLOTS * int(np.prod(shape)))
+        try:
+            self._process = subprocess.Popen(
+                WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[memory]
+            )
+            self._slots = _allocate_slots(memory, shape)
+        finally:
+            os.close(memory)
+        self._taken = 0
+        sent = json.dumps({"memory": memory, "shape": shape, **settings})
+        self._send_message(sent.encode() + b"\n" + _GO * SLOTS)
+
+    def receive_part(self) -> Part:
+        """The next step's part, once it is there; raises InputError as the reader would, and
+        WorkerFailed."""
+        if self._taken:
+            self._send_message(_GO)  # the slot of the part before is free again
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise WorkerFailed(f"a reading process ended with status {self._process.wait()}")
+        said = json.loads(line)
+        if "error" in said:
+            raise InputError(said["error"])
+        images = self._slots[self._taken % SLOTS]
+        self._taken += 1
+        origins = [Origin(*origin) for origin in said["origins"]]
+        return Part(images, said["captions"], origins, said["bad"])
+
+    def close(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _send_message(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerFailed(
+                f"a reading process ended with status {self._process.wait()}"
+            ) from None
+
+
+def serve_parts() -> int:
+    """Be a worker: make parts of the batches that its rank's settings ask for, as fast as there is
+    room; returns the exit code."""
+    # Ctrl-C and a launcher's SIGTERM reach the whole group; the rank still saves a checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is not an answer
+    torch.set_num_threads(1)
+    sent = json.loads(sys.stdin.buffer.readline())
+    slots = _allocate_slots(sent["memory"], sent["shape"])
+
+    def send_answer(**said: Any) -> None:
+        answers.write(json.dumps(said).encode() + b"\n")
+        answers.flush()
+
+    try:
+        reader = BatchReader(
+            sent["shards"],
+            SamplingConfig(**sent["sampling"]),
+            rank=sent["rank"],
+            ranks=sent["ranks"],
+            settings=ReadSettings(**sent["settings"]),
+        )
+        with closing(reader):
+            batches = reader.iterate_batches(sent["first_step"], sent["steps"])
+            for number, batch in enumerate(batches):
+                bad = dict(reader.bad)
+                reader.bad.clear()
+                if not sys.stdin.buffer.read(1):
+                    break
+                slots[number % SLOTS].copy_(batch.images)
+                send_answer(captions=batch.captions, origins=batch.origins, bad=bad)
+    except InputError as error:
+        send_answer(error=str(error))
+    except BrokenPipeError:
+        pass  # the rank is gone
+    return 0
+
+
+def _allocate_slots(memory: int, shape: Sequence[int]) -> list[Tensor]:
+    """Tensors of a shape [b, 3, S, S] in shared memory, where the channels come last."""
+    images, channels, height, width = shape
+    size = int(np.prod(shape))
+    mapped = mmap.mmap(memory, SLOTS * size)
+    return [
+        torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=number * size)
+        .view(images, height, width, channels)
+        .permute(0, 3, 1, 2)
+        for number in range(SLOTS)
+    ]
+
+
 if __name__ == "__main__":
-    sys.exit(serve_parts(serve_batches))
+    sys.exit(serve_parts())

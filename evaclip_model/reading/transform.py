@@ -27,14 +27,7 @@ from torch.nn.functional import interpolate
 
 from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import ModelConfig
-from evaclip_model.reading.image_decoder import (
-    MAX_PIXELS,
-    UnreadableImageError,
-    decode_image,
-    identify_format,
-    read_jpeg_orientation,
-    require_decodable_jpeg,
-)
+from evaclip_model.reading import image_decoder
 
 if TYPE_CHECKING:
     from evaclip_model.model.clip import EvaClip
@@ -107,10 +100,10 @@ def centre_crop(image: Image.Image, size: int) -> Tensor:
     UnreadableImageError for so narrow an image that its resized form passes `MAX_PIXELS`."""
     short = min(image.size)
     width, height = (int(size * side / short) for side in image.size)
-    if width * height > MAX_PIXELS:
-        raise UnreadableImageError(
+    if width * height > image_decoder.MAX_PIXELS:
+        raise image_decoder.UnreadableImageError(
             f"{image.width} x {image.height} pixels would be resized to {width} x {height}, "
-            f"more than {MAX_PIXELS:,}"
+            f"more than {image_decoder.MAX_PIXELS:,}"
         )
     image = _resize_image(image, width, height)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
@@ -247,14 +240,17 @@ def _to_uint8(image: Image.Image) -> Tensor:
 def decode_fast(data: bytes | memoryview) -> Picture:
     """Decode a JPEG directly, anything else by Pillow; raises as `decode_image`."""
     encoded = bytes(data)
-    if identify_format(encoded) == "JPEG":
+    if image_decoder.identify_format(encoded) == "JPEG":
         import simplejpeg  # not where a model is served, which reads by Pillow
 
         # libjpeg's warnings are errors; of them and images beyond the limits the reference judges
         with suppress(ValueError):
             height, width, space, _ = simplejpeg.decode_jpeg_header(encoded)
-            require_decodable_jpeg(encoded, width, height, MAX_PIXELS)
-            if space in ("YCbCr", "Gray", "RGB") and read_jpeg_orientation(encoded) == 1:
+            image_decoder.require_decodable_jpeg(encoded, width, height, image_decoder.MAX_PIXELS)
+            if (
+                space in ("YCbCr", "Gray", "RGB")
+                and image_decoder.read_jpeg_orientation(encoded) == 1
+            ):
                 pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded, "RGB")
                 return pixels
-    return decode_image(encoded)
+    return image_decoder.decode_image(encoded)

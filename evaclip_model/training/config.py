@@ -40,15 +40,8 @@ Schedule = Literal["cosine", "linear", "constant"]
 SameCaption = Literal["negative", "positive", "ignore"]
 
 DECIDE_NOTHING = (
-    "checkpoint_every_steps",
-    "grad_checkpointing",
-    "keep_checkpoints",
-    "keep_every_steps",
-    "max_nonfinite_steps",
-    "max_rollbacks",
-    "probe_every_steps",
-    "validation",
-    "zero_stage",
+    *("checkpoint_every_steps", "keep_checkpoints", "keep_every_steps", "grad_checkpointing"),
+    *("max_nonfinite_steps", "max_rollbacks", "probe_every_steps", "validation", "zero_stage"),
 )
 """Settings, by their names in `TrainConfig.compute_identity`, that change how long training takes
 and what it leaves behind, never its result (rounding apart): a run goes on without them."""
@@ -173,28 +166,15 @@ class TrainConfig(SamplingConfig):
     """One training stage; defaults as the paper's EVA-02-CLIP-B/16 (Table 8) where it has one."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
-        "trust_scope": "lamb.trust_scope",
-        "trust_clip": "lamb.trust_clip",
-        "adapt_no_decay": "lamb.adapt_no_decay",
+        **{name: f"lamb.{name}" for name in LambConfig.model_fields},
         "keep_checkpoints": "checkpoints.keep",
         "keep_every_steps": "checkpoints.keep_every_steps",
-        "spike_action": "guards.spike_action",
-        "spike_deviations": "guards.spike_deviations",
-        "spike_window_steps": "guards.spike_window_steps",
-        "max_rollbacks": "guards.max_rollbacks",
-        "max_nonfinite_steps": "guards.max_nonfinite_steps",
+        **{name: f"guards.{name}" for name in GuardConfig.model_fields},
     }
 
     ADDED: ClassVar[tuple[str, ...]] = (
-        "objective",
-        "same_caption",
-        "lora",
-        "validation",
-        "epochs",
-        "caption_weights",
-        "teacher",
-        "text_tokens",
-        "text_tokens_kept",
+        *("objective", "same_caption", "lora", "validation", "epochs", "caption_weights"),
+        *("teacher", "text_tokens", "text_tokens_kept"),
     )
 
     REMOVED: ClassVar[Mapping[str, str]] = {

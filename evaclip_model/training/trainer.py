@@ -10,6 +10,7 @@ and the learning rate on the step alone; so a run that resumes goes on exactly a
 
 import logging
 import os
+import re
 import resource
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,7 +20,8 @@ from typing import Any, Self
 
 import torch
 from pydantic import TypeAdapter
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from evaclip_model.cpu.allocator import keep_freed_memory
 from evaclip_model.create import create_model
@@ -28,11 +30,14 @@ from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import LOGIT_BIAS, ModelConfig
 from evaclip_model.reading.reader import Batch, BatchReader, ReadSettings
 from evaclip_model.reading.teacher_features import read_features
+from evaclip_model.training import training_step
 from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.checkpoint.save_and_load import (
     CheckpointWriter,
     load_newest,
+    save_models,
     settings_of,
+    write_json,
 )
 from evaclip_model.training.config import (
     CHECKPOINTS,
@@ -43,8 +48,8 @@ from evaclip_model.training.config import (
     TrainJob,
 )
 from evaclip_model.training.engine.engine import DeepSpeedEngine, Engine, TorchEngine
-from evaclip_model.training.lora import add_updates
 from evaclip_model.training.loss.objective import make_objective
+from evaclip_model.training.monitoring import metrics, validation
 from evaclip_model.training.monitoring.guards import (
     GuardState,
     Observed,
@@ -54,39 +59,13 @@ from evaclip_model.training.monitoring.guards import (
     judge_step,
     name_culprits,
 )
-from evaclip_model.training.monitoring.metrics import (
-    PROFILE_FOLDER,
-    ForwardClock,
-    Gradient,
-    MetricsLog,
-    ProfileWindow,
-    RankRow,
-    RankStats,
-    StepSeconds,
-    Stopwatch,
-    gather_stats,
-    step_metrics,
-)
 from evaclip_model.training.monitoring.self_test import self_test
-from evaclip_model.training.monitoring.validation import (
-    open_probe,
-    read_held_out,
-    run_probe,
-    validate_model,
-)
 from evaclip_model.training.optimizer.optimizer import lr_factor
-from evaclip_model.training.stage_outputs import save_models, write_json
-from evaclip_model.training.training_step import (
-    caption_lengths,
-    forward_backward,
-    number_batch,
-    step_inputs,
-    tokenize_captions,
-)
 from evaclip_model.weights.checkpoint_format import TrainingProgress
 
 FINAL_LOSS_STEPS = 20
 """Last steps that the reported final loss is the mean of."""
+_PROJECTION = re.compile(r"(?P<module>(visual|text)\..*blocks\.\d+\..*?)\.?(?P<leaf>\w*weight)")
 _log = logging.getLogger(__name__)
 
 
@@ -157,13 +136,13 @@ class Rank:
         )
         self.objective = make_objective(config)
         self.model = starting_model(job, self.device)
-        self._forward_clock = ForwardClock(self.model, self.device)
+        self._forward_clock = metrics.ForwardClock(self.model, self.device)
         self.engine = make_engine(job, self.model, self.part_size)
         self.tested = self_test(self.model, config)
 
     def compute_gradient(
-        self, batch: Batch, step: int, watch: Stopwatch, *, save_failed: bool
-    ) -> Gradient:
+        self, batch: Batch, step: int, watch: metrics.Stopwatch, *, save_failed: bool
+    ) -> metrics.Gradient:
         """Compute the gradient of a batch, and exchange its figures; every rank calls it. `step` is
         counted from 0, `watch` was asked last before the batch was waited for, and `save_failed` is
         what this rank knows of the last checkpoint."""
@@ -171,20 +150,22 @@ class Rank:
         positions = batch.positions.tolist()
         model = self.model.config
         config, length = self._config, model.text.context_length
-        tokens = tokenize_captions(batch.captions, positions, config, length)
-        inputs = step_inputs(config, model.vision, step, batch.images, tokens, batch.positions)
-        text_tokens = float(caption_lengths(tokens).double().mean())
+        tokens = training_step.tokenize_captions(batch.captions, positions, config, length)
+        inputs = training_step.step_inputs(
+            config, model.vision, step, batch.images, tokens, batch.positions
+        )
+        text_tokens = float(training_step.caption_lengths(tokens).double().mean())
         prepare_s = watch.take_lap()
-        kinds = number_batch(batch, config)
-        terms = forward_backward(
+        kinds = training_step.number_batch(batch, config)
+        terms = training_step.forward_backward(
             self.engine,
             inputs.split_parts(self.part_size),
             self.objective,
             None if kinds is None else kinds.to(self.device),
             [read_features(one, batch.positions, config).to(self.device) for one in self._teachers],
         )
-        stats = gather_stats(
-            RankRow(
+        stats = metrics.gather_stats(
+            metrics.RankRow(
                 loss=terms.loss,
                 image_to_text_accuracy=terms.image_to_text_accuracy,
                 text_to_image_accuracy=terms.text_to_image_accuracy,
@@ -198,7 +179,9 @@ class Rank:
             self.device,
         )
         norms = self.engine.grad_norms()
-        return Gradient(terms, stats, norms, StepSeconds(data_wait_s, prepare_s, watch.take_lap()))
+        return metrics.Gradient(
+            terms, stats, norms, metrics.StepSeconds(data_wait_s, prepare_s, watch.take_lap())
+        )
 
 
 class TrainingRun:
@@ -209,15 +192,17 @@ class TrainingRun:
         self._config = job.train
         self._rank = rank
         self._leads = rank.number == 0
-        self._metrics = MetricsLog(job, writes=self._leads)
+        self._metrics = metrics.MetricsLog(job, writes=self._leads)
         profiled = job.profile_steps if self._leads else None
-        self._profile = ProfileWindow(profiled, job.run_dir / PROFILE_FOLDER)
+        self._profile = metrics.ProfileWindow(profiled, job.run_dir / metrics.PROFILE_FOLDER)
         self._checkpoints = job.checkpoints or job.run_dir / CHECKPOINTS
         self._settings = settings_of(job.train, rank.model.config)
-        self._probe = open_probe(job.probe, rank.number, rank.ranks) if job.probe else None
+        self._probe = (
+            validation.open_probe(job.probe, rank.number, rank.ranks) if job.probe else None
+        )
         self._pairs = None
         if self._config.validation.every_steps:
-            self._pairs = read_held_out(job.shards, self._config, rank.read_settings)
+            self._pairs = validation.read_held_out(job.shards, self._config, rank.read_settings)
         self._state = LoopState()
         self._seconds = 0.0
         self._bad: Counter[str] = Counter()
@@ -251,7 +236,7 @@ class TrainingRun:
     def run_steps(self) -> None:
         """Make step after step, to the end or until training goes back; raises as
         `run_training`."""
-        config, watch, save_s = self._config, Stopwatch(), 0.0
+        config, watch, save_s = self._config, metrics.Stopwatch(), 0.0
         first = self._state.data_step
         batches = self._rank.reader.iterate_batches(first, first + config.steps - self._state.step)
         with closing(batches):
@@ -273,8 +258,8 @@ class TrainingRun:
                     raise Interrupted(f"stopped at step {step} of {config.steps}")
 
     def train_step(
-        self, batch: Batch, watch: Stopwatch, save_s: float
-    ) -> tuple[StepVerdict, RankStats]:
+        self, batch: Batch, watch: metrics.Stopwatch, save_s: float
+    ) -> tuple[StepVerdict, metrics.RankStats]:
         """Take a step, or do not; afterwards the state is that before the next one. `watch` was
         asked last before the batch was waited for; the checkpoint before took `save_s` seconds."""
         config, before, rank = self._config, self._state, self._rank
@@ -302,7 +287,7 @@ class TrainingRun:
         )
         seconds = replace(gradient.seconds, update_s=watch.take_lap(), save_s=save_s)
         self._seconds += seconds.total
-        metrics = step_metrics(
+        line = metrics.step_metrics(
             step=self._state.step,
             config=config,
             model=rank.model.config,
@@ -316,16 +301,16 @@ class TrainingRun:
         )
         step, every = self._state.step, config.validation.every_steps
         if self._pairs is not None and (step % every == 0 or step == config.steps):
-            metrics |= validate_model(rank.model, self._pairs, rank.objective, config)
+            line |= validation.validate_model(rank.model, self._pairs, rank.objective, config)
         every = config.probe_every_steps
         if self._probe is not None and every and step % every == 0:
             # Zero-shot accuracies on the job's probe set after this step.
-            metrics["probe_top1"], metrics["probe_top5"] = run_probe(rank.model, self._probe)
-        self._metrics.write_line(metrics)
+            line["probe_top1"], line["probe_top5"] = validation.run_probe(rank.model, self._probe)
+        self._metrics.write_line(line)
         watch.take_lap()  # neither validation, the probe nor the log belongs to the next step
         return judged.verdict, gradient.stats
 
-    def _observe_step(self, batch: Batch, gradient: Gradient) -> Observed:
+    def _observe_step(self, batch: Batch, gradient: metrics.Gradient) -> Observed:
         """The guards' view of a step; of one without numbers, also whose fault that is."""
         loss, bad_ranks = gradient.stats.means["loss"], gradient.stats.bad_ranks
         step, number = self._state.step + 1, self._rank.number
@@ -409,7 +394,7 @@ def dry_run(job: TrainJob, rank: Rank) -> Mapping[str, Any]:
     part, most memory of any rank in bytes (on a GPU that of tensors, else of the process), loss,
     gradient norm, the self-test's differences. Every rank calls it. Nothing else is written, and no
     checkpoint is read. On a GPU the first step takes longer than those after it."""
-    watch = Stopwatch()
+    watch = metrics.Stopwatch()
     with closing(rank.reader.iterate_batches(0, 1)) as batches:
         gradient = rank.compute_gradient(next(batches), 0, watch, save_failed=False)
     rank.engine.discard_gradient()
@@ -476,6 +461,51 @@ def starting_model(job: TrainJob, device: torch.device) -> EvaClip:
         model.compile_blocks()
     model.train()
     return model
+
+
+class LowRankUpdate(nn.Module):
+    """A weight [out, in] plus `scale * up @ down`, of up [out, rank] and down [rank, in] (LoRA,
+    arXiv 2106.09685). torch's parametrisations hold it, because attention reads its weights instead
+    of calling layers, which adapter libraries replace: the weight is the sum wherever it is read,
+    and in a saved model (weights/load.py)."""
+
+    def __init__(self, weight: Tensor, rank: int, scale: float, random: torch.Generator) -> None:
+        """Start without an effect: `up` is zero, `down` normal of variance 1 / in."""
+        super().__init__()
+        out, width = weight.shape
+        self.scale = scale
+        down = torch.randn(rank, width, generator=random) * width**-0.5
+        self.down = nn.Parameter(down.to(weight))
+        self.up = nn.Parameter(weight.new_zeros(out, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """[out, in] -> [out, in]."""
+        return torch.addmm(weight, self.up, self.down, alpha=self.scale)
+
+
+def add_updates(model: EvaClip, config: TrainConfig) -> None:
+    """Put an update on every projection that `config.lora` names and `config.freeze` does not.
+    Raises InputError: one that is not there, none that is left, a rank that saves nothing."""
+    lora = config.lora
+    assert lora is not None, "the stage has the table"
+    lora.require_projections(model.config)
+    random = torch.Generator().manual_seed(config.seed)
+    found = 0
+    for name, parameter in list(model.named_parameters()):
+        place = _PROJECTION.fullmatch(name)
+        if place is None or parameter.ndim != 2 or not lora.is_named(name) or config.is_kept(name):
+            continue
+        if lora.rank >= min(parameter.shape):
+            raise InputError(
+                f"lora.rank = {lora.rank} is not below the sides of {name}, "
+                f"{list(parameter.shape)}: give a lower one, or train the weight itself"
+            )
+        update = LowRankUpdate(parameter, lora.rank, lora.alpha / lora.rank, random)
+        module = model.get_submodule(place["module"])
+        parametrize.register_parametrization(module, place["leaf"], update)
+        found += 1
+    if not found:
+        raise InputError("freeze leaves no projection of lora.on: take a part out of it")
 
 
 def make_engine(job: TrainJob, model: EvaClip, part_size: int | None) -> Engine:

@@ -31,8 +31,7 @@ from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.config import TrainConfig
 
 if TYPE_CHECKING:  # so that masks and captions can be had without the trainer
-    from evaclip_model.reading.read_worker import Origin
-    from evaclip_model.reading.reader import Batch
+    from evaclip_model.reading.reader import Batch, Origin
     from evaclip_model.training.engine.engine import Engine
     from evaclip_model.training.loss.objective import LossTerms, Objective
 

@@ -217,7 +217,6 @@ def _recognise_layout(keys: Collection[str], where: str) -> Layout:
 def _native_entry(
     key: str, towers: Iterable[tuple[_Tower, Mapping[str, Entry]]], left: Collection[str]
 ) -> Entry:
-    """The entry that `key` is a source of."""
     for tower, rules in towers:
         if key in SCALARS or not key.startswith(tower.prefix):
             continue

@@ -18,7 +18,7 @@ import torch
 from evaclip_model import contrastive_loss, create_model, tokenize
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import TorchEngine
-from evaclip_model.training.lora import add_updates
+from evaclip_model.training.trainer import add_updates
 
 PAIRS, STEPS = 8, 3
 WAYS = {

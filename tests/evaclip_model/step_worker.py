@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
+from evaclip_model.training.checkpoint.save_and_load import gather_weights
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import (
     DeepSpeedEngine,
@@ -23,7 +24,6 @@ from evaclip_model.training.engine.engine import (
     TorchEngine,
     start_distributed,
 )
-from evaclip_model.training.stage_outputs import gather_weights
 
 
 class Network(nn.Module):

@@ -6,12 +6,15 @@ from pydantic import ValidationError
 
 from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
-from evaclip_model.training.checkpoint.save_and_load import load_newest, save_checkpoint
+from evaclip_model.training.checkpoint.save_and_load import (
+    load_newest,
+    save_checkpoint,
+    save_models,
+)
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import TorchEngine
-from evaclip_model.training.lora import add_updates
 from evaclip_model.training.loss.contrastive import contrastive_loss
-from evaclip_model.training.stage_outputs import save_models
+from evaclip_model.training.trainer import add_updates
 from evaclip_model.weights.checkpoint_format import TrainingProgress
 from evaclip_model.weights.load import released_tensors, save_model
 from tests.evaclip_model.small_models import FAMILIES, small_batch, small_model

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.read_worker import WorkerFailed
-from evaclip_model.reading.reader import WORKER, BatchReader, ReadSettings
+from evaclip_model.reading.reader import WORKER, BatchReader, ReadSettings, WorkerFailed
 from evaclip_model.reading.samples import ShardManifest
 from evaclip_model.training.config import TrainConfig
 

@@ -21,8 +21,7 @@ from torch import Tensor
 from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import ModelConfig
-from evaclip_model.training.checkpoint.save_and_load import save_checkpoint, settings_of
-from evaclip_model.training.checkpoint.storage import CheckpointPlace
+from evaclip_model.training.checkpoint import save_and_load
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import SCALER_FIELDS, StateFragment
 from evaclip_model.training.optimizer.optimizer import MOMENTS
@@ -45,7 +44,7 @@ def import_checkpoint(
     it. With `ema_decay` the running mean starts at the weights. Raises InputError where the
     checkpoint or the location cannot be used.
     """
-    if CheckpointPlace(location).list_steps():
+    if save_and_load.CheckpointPlace(location).list_steps():
         raise InputError(f"{location} holds checkpoints already: give a location without any")
     is_universal = (source / "zero").is_dir()
     folder = source if is_universal else find_newest_deepspeed(source) or source
@@ -63,7 +62,7 @@ def import_checkpoint(
         counters={"updates": updates, "scaler": scaler},
         bad_samples={},
         seconds=0.0,
-        settings=settings_of(config, architecture.at_image_px(config.image_px)),
+        settings=save_and_load.settings_of(config, architecture.at_image_px(config.image_px)),
         samples=step * config.global_batch,
     )
     fragments = []
@@ -73,7 +72,7 @@ def import_checkpoint(
             mean = {} if config.ema_decay is None else {"ema": tensors["param"]}
             fragments.append(StateFragment(name, offset, {**tensors, **mean}))
             offset += tensors["param"].numel()
-    save_checkpoint(location, fragments, progress, keep=sys.maxsize)
+    save_and_load.save_checkpoint(location, fragments, progress, keep=sys.maxsize)
     return progress
 
 

@@ -1,29 +1,39 @@
-"""Saving and restoring checkpoints from all ranks.
+"""Saving and restoring checkpoints from all ranks, and the models that a stage ends with.
 
 Saving: copies in host memory, a thread that writes them beside the training, the barriers before a
 checkpoint gets its name, retention. Restoring: every shard is summed once by one rank, and all
 decide alike before any tensor is touched. The files' format is weights/checkpoint_format.py's.
+
+An object store has no rename of folders, so neither a folder nor a URL is asked for one: a
+checkpoint's files have their names at once, and the manifest, put last, makes it whole.
+
+Models: whole fp32 weights, or their running mean, from the fragments that all ranks hold.
 """
 
 import json
 import logging
+import os
+import re
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
+from evaclip_model.files import write_atomically
+from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.reading.urls import is_url, open_filesystem
 from evaclip_model.training.checkpoint.consensus import Peers
-from evaclip_model.training.checkpoint.storage import CheckpointPlace
-from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.config import EMA_FOLDER, MODEL_FOLDER, TrainConfig
 from evaclip_model.training.engine.engine import StateFragment
 from evaclip_model.weights.checkpoint_format import (
     MANIFEST,
@@ -39,13 +49,90 @@ from evaclip_model.weights.checkpoint_format import (
     key_of,
     list_retired,
     sizes_of,
+    step_name,
+    step_of,
     write_shard,
 )
+from evaclip_model.weights.load import save_model
 
 _log = logging.getLogger(__name__)
 
 
-class CheckpointWriter:
+class CheckpointPlace:
+    """Checkpoints of one run, in a folder of a file system that all ranks share or at a URL;
+    nothing needs to be there yet. All methods may raise OSError."""
+
+    def __init__(self, location: Path | str) -> None:
+        """Raises: InputError: nothing installed knows this kind of URL."""
+        self._is_here = not is_url(location)
+        self._root = str(Path(location).absolute() if self._is_here else location).rstrip("/")
+        self._files = open_filesystem(f"file://{self._root}" if self._is_here else self._root)
+
+    def list_steps(self) -> list[int]:
+        """Steps of the checkpoints that have a manifest, newest first."""
+        found = self._list_files().items()
+        return sorted((step for step, files in found if MANIFEST in files), reverse=True)
+
+    @contextmanager
+    def create_file(self, step: int, name: str) -> Iterator[BinaryIO]:
+        """Yield a new file of a checkpoint in the making; it will outlast a crash of the
+        machine."""
+        where = self.full_name(step, name)
+        self._files.makedirs(where.rpartition("/")[0], exist_ok=True)
+        if not self._is_here:
+            with self._files.open(where, "wb", block_size=SLAB_BYTES) as stored:
+                yield stored
+            return
+        with Path(where).open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+    def publish_checkpoint(self, step: int, manifest: str) -> None:
+        """Make a checkpoint whole, all files of which were written."""
+        if self._is_here:
+            write_atomically(Path(self.full_name(step, MANIFEST)), manifest)
+            return
+        with self.create_file(step, MANIFEST) as file:
+            file.write(manifest.encode())
+
+    def remove_checkpoint(self, step: int) -> None:
+        """Remove a checkpoint, or what was begun of it, the manifest first."""
+        files = self._list_files().get(step, set())
+        for name in sorted(files, key=lambda name: name != MANIFEST):
+            self._files.rm_file(self.full_name(step, name))
+        with suppress(OSError):  # object stores have no folders, and none to remove
+            self._files.rmdir(f"{self._root}/{step_name(step)}")
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed runs began and did not finish."""
+        for step, files in self._list_files().items():
+            if MANIFEST not in files:
+                self.remove_checkpoint(step)
+
+    def open_file(self, step: int, name: str) -> BinaryIO:
+        where = self.full_name(step, name)
+        if self._is_here:
+            return Path(where).open("rb")
+        opened: BinaryIO = self._files.open(where, "rb", block_size=SLAB_BYTES)
+        return opened
+
+    def full_name(self, step: int, name: str) -> str:
+        return f"{self._root}/{step_name(step)}/{name}"
+
+    def _list_files(self) -> dict[int, set[str]]:
+        self._files.invalidate_cache()
+        found: dict[int, set[str]] = {}
+        with suppress(FileNotFoundError):
+            for path in self._files.find(self._root):
+                *_, folder, name = ["", *str(path).split("/")]
+                step = step_of(folder)
+                if step is not None and folder == step_name(step):
+                    found.setdefault(step, set()).add(name)
+        return found
+
+
+class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     """Saves in a thread: training waits only while a GPU's state is copied to host memory. State
     that lies there is copied beside the next step's gradient; `wait_for_copy` waits for that.
 
@@ -112,9 +199,6 @@ class CheckpointWriter:
         self.wait_for_copy()
         self._copies.clear()
         self.wait_for_save()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         # An error that is under way tells more.
@@ -321,3 +405,63 @@ def _read_into(tensor: Tensor, file: BinaryIO, buffer: Tensor) -> None:
                 raise OSError(f"{file} ended early, although it was whole a moment ago")
             read += count
         part.copy_(slab)
+
+
+def save_models(
+    run_dir: Path, start: Path, model: EvaClip, fragments: Sequence[StateFragment], rank: int
+) -> None:
+    """Write `model/`, and `model-ema/` when the fragments have a running mean; all ranks call it.
+
+    The files hold the fp32 masters, not their rounding; and what was frozen as `start`, the model
+    that was begun with, has it. On rank 0 the model is used up: it ends in fp32 on the CPU.
+    """
+    folders = {"param": MODEL_FOLDER}
+    if any("ema" in fragment.tensors for fragment in fragments):
+        folders["ema"] = EMA_FOLDER
+    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in folders}
+    for kind, values in found.items():
+        for name, value in gather_weights(model, fragments, kind):
+            if rank == 0:
+                values[name] = value.cpu()
+    if rank != 0:
+        return
+    if model.logit_scale.dtype != torch.float32:
+        given = dict(create_model(model.config, weights=start).named_parameters())
+        for name, parameter in model.named_parameters():
+            plain = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
+            if not parameter.requires_grad and plain in given:
+                for values in found.values():
+                    values[name] = given[plain]
+    model.to("cpu", torch.float32)
+    for kind, folder in folders.items():
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(found[kind][name])
+        save_model(model, run_dir / folder)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as indented JSON, never seen half-written."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+@torch.no_grad()
+def gather_weights(
+    model: nn.Module, fragments: Sequence[StateFragment], kind: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and fp32 value, of the parameter's shape, of every parameter of the trained `model`, one
+    after the other; `kind` of the fragments' tensors is "param" (the master) or "ema". Every rank
+    runs through all of it, and gets the same. Frozen ones come as the model holds them."""
+    held: dict[str, list[StateFragment]] = {}
+    for fragment in fragments:
+        held.setdefault(fragment.name, []).append(fragment)
+    peers = Peers.every_rank()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            yield name, parameter.float()
+            continue
+        value = torch.zeros(parameter.numel(), device=parameter.device)
+        for fragment in held.get(name, []):
+            piece = fragment.tensors[kind]
+            value.narrow(0, fragment.offset, piece.numel()).copy_(piece)
+        yield name, peers.add_up(value).view(parameter.shape)

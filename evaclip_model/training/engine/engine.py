@@ -405,7 +405,6 @@ def _prepare_model(
 def _summarise_trust(
     optimizer: Lamb, groups: Sequence[Group]
 ) -> dict[str, tuple[float, float, float]]:
-    """Tower -> smallest, median and largest ratio of the last step."""
     ratios: dict[str, list[float]] = {}
     for group, found in zip(groups, optimizer.trust_ratios(), strict=True):
         if found:

@@ -8,7 +8,7 @@ parameters themselves). Its maps and buffers are private attributes behind its p
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -238,8 +238,5 @@ def make_layout(parameters: Sequence[Any], whole: Tensor, flat: Tensor, ranks: A
 
 def _assign_owners(sizes: Sequence[int], ranks: int) -> list[int]:
     """A rank for each of a row of tensors, so that all have about as much: neighbours stay."""
-    total, before, owners = sum(sizes), 0, []
-    for size in sizes:
-        owners.append(min(ranks - 1, before * ranks // max(1, total)))
-        before += size
-    return owners
+    *before, total = accumulate(sizes, initial=0)
+    return [min(ranks - 1, size * ranks // max(1, total)) for size in before]

@@ -14,26 +14,26 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import profile
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.config import METRICS_FILE, TrainConfig, TrainJob
 from evaclip_model.training.cost import peak_flops, train_flops_per_sample
 from evaclip_model.training.engine.engine import Stepped
 from evaclip_model.training.optimizer.optimizer import TOWERS
 from evaclip_model.training.training_step import StepTerms, patch_dropout_at
 
-TENSORBOARD_FOLDER = "tensorboard"
 PROFILE_FOLDER = "profile"
 STRAGGLER_RATIO = 1.5
 """Times the median rank's seconds from which on a rank keeps the others waiting."""
@@ -106,17 +106,14 @@ class RankStats:
 
 def gather_stats(row: RankRow, device: torch.device) -> RankStats:
     """Tell all ranks this rank's row, and hear theirs; waits for the device, once."""
-    joined = dist.is_initialized()
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    peers = Peers.every_rank()
     cells = [
         torch.as_tensor(getattr(row, field.name), dtype=torch.float64, device=device)
         for field in fields(RankRow)
     ]
-    table = torch.zeros(ranks, len(cells), dtype=torch.float64, device=device)
-    table[rank] = torch.stack(cells)
-    if joined:
-        dist.all_reduce(table)
-    return RankStats(tuple(RankRow(*cells) for cells in table.tolist()))
+    table = torch.zeros(peers.count, len(cells), dtype=torch.float64, device=device)
+    table[peers.rank] = torch.stack(cells)
+    return RankStats(tuple(RankRow(*cells) for cells in peers.add_up(table).tolist()))
 
 
 @dataclass(frozen=True)
@@ -242,7 +239,7 @@ def is_straggler(slowest_s: float, median_s: float) -> bool:
     return math.isfinite(slowest_s) and slowest_s > STRAGGLER_RATIO * median_s
 
 
-class MetricsLog:
+class MetricsLog(AbstractContextManager["MetricsLog"]):
     """`metrics.jsonl`, and TensorBoard's events of the same names where the job asks for them; a
     context, in which a resumed run goes on. Every rank has one, and only rank 0's writes."""
 
@@ -263,9 +260,6 @@ class MetricsLog:
                 ) from None
             self._open_board = SummaryWriter
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         for held in (self._file, self._board):
             if held is not None:
@@ -284,7 +278,7 @@ class MetricsLog:
         self._file.write(json.dumps({**line, "time": now}) + "\n")
         self._file.flush()
         if self._open_board is not None:
-            step, folder = int(line.pop("step")), self._path.with_name(TENSORBOARD_FOLDER)
+            step, folder = int(line.pop("step")), self._path.with_name("tensorboard")
             self._board = self._board or self._open_board(str(folder), purge_step=step)
             for name, value in line.items():
                 self._board.add_scalar(name, value, step, walltime=now)

@@ -36,7 +36,6 @@ from evaclip_model.zeroshot.statistics import count_hits, hit_rate
 BLOCK = 64
 """Images or pairs that are encoded at once."""
 PROMPTS_BLOCK = 256
-RECALLS = (1, 5)
 
 
 class HeldOutPairs(NamedTuple):
@@ -111,7 +110,7 @@ def validate_model(
     }
     for direction, retrieve in sides.items():
         ranks = retrieve(images, texts, own).ranks
-        figures |= {f"validation_{direction}_r{k}": hit_rate(ranks, k) for k in RECALLS}
+        figures |= {f"validation_{direction}_r{k}": hit_rate(ranks, k) for k in (1, 5)}
     return figures
 
 

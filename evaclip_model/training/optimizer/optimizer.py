@@ -26,12 +26,8 @@ Tower = Literal["vision", "text", "other"]
 TOWERS: tuple[Tower, ...] = ("vision", "text", "other")
 
 _EMBEDDINGS = (
-    "patch_embed",
-    "pos_embed",
-    "cls_token",
-    "mask_token",
-    "positional_embedding",
-    "token_embedding",
+    *("patch_embed", "pos_embed", "cls_token", "mask_token"),
+    *("positional_embedding", "token_embedding"),
 )
 _POSITIONS = ("pos_embed", "cls_token", "positional_embedding", "logit_scale")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
