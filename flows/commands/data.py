@@ -1,6 +1,6 @@
 """Commands about data: `trace`, `lineage`, `takedown`, `prune`, `sources inspect`. Not here: the
 answers (flows/audit/sample_trace.py, flows/graph/ancestry.py,
-flows/audit/sample_trace.py, flows/audit/leftovers.py, tasks/merge/inspect_metadata.py)."""
+flows/audit/sample_trace.py, flows/audit/leftovers.py, tasks/merge/merge_plan.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tasks.progress import format_bytes
 
 sources = Typer(help="Look at metadata files before they become a source.")
 if TYPE_CHECKING:
-    from tasks.merge.inspect_metadata import Inspection
+    from tasks.merge.merge_plan import Inspection
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -169,7 +169,7 @@ def inspect_source(
     """Say what metadata files hold, before they become a source."""
     from tasks.adopt.adopt import inspect_source as inspect_adoptable
     from tasks.merge.config import why_refused
-    from tasks.merge.inspect_metadata import inspect_files  # imports duckdb
+    from tasks.merge.merge_plan import inspect_files  # imports duckdb
 
     if (withdrawn := why_refused(files)) is not None:
         raise InputError(withdrawn)

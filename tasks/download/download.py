@@ -52,7 +52,6 @@ from tasks.process.child import refuse_full_disk, run_supervised
 from tasks.progress import Report
 
 SHARDS_FOLDER = "shards"
-ROWS_FOLDER = "rows"
 WORK_FOLDER = ".work"
 REPORT = "report.json"
 LOG = "download.log"
@@ -96,7 +95,7 @@ def download_images(
         if not rows_to_retry(done[-1]):
             break
         folder = _pass_folder(out, number)
-        rows = folder / ROWS_FOLDER
+        rows = folder / "rows"
         if not rows.exists():
             asked_s = max(shard.retry_after_s for shard in done[-1])
             _wait_before_pass(min(config.politeness.pass_wait_s, asked_s), plan.rows, report)

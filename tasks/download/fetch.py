@@ -50,15 +50,12 @@ MAX_RULES_REDIRECTS = 5
 """Redirects of a robots.txt that are followed; RFC 9309 asks for at least five."""
 REFUSED_TYPES = frozenset({"text/html", "application/xhtml+xml", "image/svg+xml"})
 _NAT64 = IPv6Network("64:ff9b::/96")
-_NEVER_PUBLIC = tuple(
-    ip_network(network)
-    for network in (
-        "100.64.0.0/10",  # carrier-grade NAT
-        "192.0.0.0/24",  # protocol assignments
-        "192.88.99.0/24",  # 6to4 relays
-        "64:ff9b:1::/48",  # local NAT64
-        "100::/64",  # discard
-    )
+_NEVER_PUBLIC = (
+    ip_network("100.64.0.0/10"),  # carrier-grade NAT
+    ip_network("192.0.0.0/24"),  # protocol assignments
+    ip_network("192.88.99.0/24"),  # 6to4 relays
+    ip_network("64:ff9b:1::/48"),  # local NAT64
+    ip_network("100::/64"),  # discard
 )
 
 

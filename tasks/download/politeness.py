@@ -26,12 +26,9 @@ _TOKEN = re.compile(r"(\*|[A-Za-z0-9._-]+)(?:/\S*)?")
 _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
 _UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")
 _KEPT = "/%*$?=&:@!'()+,;~#[]"
-_WITH_A_VALUE = frozenset(
-    {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}
-)
+_WITH_A_VALUE = ("max-snippet", "max-image-preview", "max-video-preview", "unavailable_after")
 """Directives written `name: value`; every other name before a colon is a crawler's."""
 _NO_TRAINING = re.compile(r"(?i)(?<![\w-])(?:train-ai\s*=\s*\"?n|ai-train\s*=\s*\"?no)(?![\w-])")
-_USAGE_LINES = ("content-usage", "content-signal")
 
 
 @dataclass
@@ -152,7 +149,7 @@ def parse_rules(content: bytes | None, token: str) -> RobotsRules:
             for agent_rules in named:
                 if value:  # an empty one allows everything, as no rule does
                     agent_rules.rules.append((_normalise_pattern(value), name == "allow"))
-        elif name in _USAGE_LINES:
+        elif name in ("content-usage", "content-signal"):
             is_naming = False
             place = value.split()[0] if value.startswith("/") else "/"
             rule = _normalise_pattern(place), not _NO_TRAINING.search(value)

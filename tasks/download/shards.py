@@ -48,7 +48,6 @@ WRITTEN_COLUMNS = (
     *("width", "height", "original_width", "original_height"),
 )
 """What img2dataset writes itself, so that rows may not bring it."""
-FLOATS = (pa.float32(), pa.float64())
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,10 @@ def _check_columns(file: Path, config: DownloadConfig) -> tuple[int, list[str]]:
                 "give it another in the merge"
             )
         # img2dataset writes records as JSON and loses whole samples, silently, when it cannot
-        kind, fits = field.type, (pa.string(), pa.large_string(), pa.bool_(), *FLOATS)
+        kind, fits = (
+            field.type,
+            (pa.string(), pa.large_string(), pa.bool_(), pa.float32(), pa.float64()),
+        )
         if kind not in fits and not pa.types.is_integer(kind):
             raise InputError(
                 f"{file}: column '{field.name}' is {field.type}, but records hold only "

@@ -8,7 +8,6 @@ no public list of what was removed: an old copy is cleaned by keeping what Re-LA
 
 import math
 import re
-from collections.abc import Collection
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -19,8 +18,6 @@ from tasks.tables.text_tables import Quoting
 
 WITHDRAWN_NAMES = re.compile(r"(?i)\blaion/(laion-?(400m|[125]b)|laion-?(art|high-res|aesthetic))")
 CLEANED = "laion/relaion2B-en-research-safe"
-OLD_COLUMNS = {"URL", "TEXT"}
-"""Every edition of before the withdrawal has them; Re-LAION has `url` and `caption`."""
 STAGE = Stage("merge", 2, tools=("duckdb",), ignores=("engine", "partitions", "memory_limit"))
 MOST_ENTRIES = 2_000_000
 Policy = Literal["keep", "drop"]
@@ -43,10 +40,6 @@ def _not_withdrawn(files: str) -> str:
 
 
 Published = Annotated[str, Field(min_length=1), AfterValidator(_not_withdrawn)]
-
-
-def is_old_edition(columns: Collection[str]) -> bool:
-    return set(columns) >= OLD_COLUMNS
 
 
 class ColumnMap(Config):

@@ -23,12 +23,8 @@ from tasks.web_addresses import normalise_host, remove_dot_segments
 
 SQL = Path(__file__).parent / "sql"
 NOT_ABOUT_CONTENT = (
-    duckdb.OutOfMemoryException,
-    duckdb.InterruptException,
-    duckdb.InternalException,
-    duckdb.BinderException,
-    duckdb.CatalogException,
-    duckdb.ParserException,
+    *(duckdb.OutOfMemoryException, duckdb.InterruptException, duckdb.InternalException),
+    *(duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException),
 )
 """What a damaged file does not cause; damage itself may surface as any other error."""
 PARAMETER = re.compile(r"\$([a-z][a-z0-9_]*)")

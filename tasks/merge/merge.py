@@ -66,8 +66,6 @@ Runner = Callable[[Sequence[Chunk]], Iterator[int]]
 REPORT, ENTRY_ROWS = "report.json", "entries.json"
 REMOVED = "_tmp.removed"
 HISTOGRAMS = "*/*", "histogram"
-DROPPED = "*/*", "reasons"
-BUCKETS = 1 << BUCKET_BITS
 MOST_NAMED = 1_000
 """Blocked addresses and host names without a row that the report names."""
 MOST_CHUNKS = 500
@@ -195,7 +193,7 @@ def sum_rows(
 def dropped_rows(connection: DuckDBPyConnection, plan: MergePlan) -> list[Counter[str]]:
     """Dropped rows of every source by reason, before selection."""
     counts = [Counter[str]() for _ in plan.config.sources]
-    for source, reason, rows in sum_rows(connection, plan, DROPPED, "source, reason"):
+    for source, reason, rows in sum_rows(connection, plan, ("*/*", "reasons"), "source, reason"):
         if reason is not None:
             counts[source][reason] += rows
     for file in plan.files:
@@ -212,7 +210,7 @@ def save_cuts(plan: MergePlan) -> None:
         for source, reasons in enumerate(dropped_rows(connection, plan)):
             if not plan.given:
                 _check_something_is_left(plan, source, reasons)
-        histograms = [[0] * BUCKETS for _ in plan.config.sources]
+        histograms = [[0] * (1 << BUCKET_BITS) for _ in plan.config.sources]
         for source, bucket, rows in sum_rows(connection, plan, HISTOGRAMS, "source, bucket"):
             histograms[source][bucket] = rows
         cuts = [_cut_source(connection, plan, *found) for found in enumerate(histograms)]

@@ -1,6 +1,7 @@
 """The plan that all units of a merge share, and making it: what every metadata file, sidecar and
 cleaned edition holds, before any of the long work. Text files become parquet here.
-Also the entries of a merge that balances, and what finds them in captions (pairs.sql).
+Also the entries of a merge that balances, and what finds them in captions (pairs.sql); and the
+content of metadata files for a person, in bounded memory: columns, rows, gaps, histograms.
 
 Not here: the units (units.py), the meaning of columns (schema.py).
 """
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -33,7 +35,6 @@ Files = Mapping[str, Sequence[Path | str]]
 """Source name -> its files or URLs, in order."""
 ROWS = "rows.parquet"
 """What a text file becomes."""
-ROWS_AT_ONCE = 50_000
 _NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
 ROWS_PER_PARTITION = 250_000
 """What a partition holds, of all sources together: its rows stay in the processor's cache while
@@ -42,6 +43,7 @@ MOST_PARTITIONS = 2_048
 """More than this and the pieces of a run get so small that their headers cost more than they."""
 MARKS = "[,.;:?!`]"
 MOST_CHARS = 300
+BINS = 10
 
 
 class ReadableFile(NamedTuple):
@@ -295,7 +297,7 @@ def _convert_columns(
     rows, first = 0, ""
     lines = read_text_table(path, kind, source.quoting, source.header)
     with pq.ParquetWriter(folder / ROWS, as_texts, compression="zstd") as writer:
-        while batch := list(islice(lines, ROWS_AT_ONCE)):
+        while batch := list(islice(lines, schema.ROWS_AT_ONCE)):
             good = [row.values for row in batch if row.flaw is None]
             if kind == "jsonl":
                 others = (row for row in good if not row.keys() <= known)
@@ -428,3 +430,101 @@ def pairs_statement(most_words: int) -> str:
     found = (f"SELECT row, number FROM run_{n}" for n in range(most_words))
     words = "".join(f", unnest(words[{n + 1}:]) AS word_{n}" for n in depths)
     return load_statement("pairs", words=words, runs="".join(runs), found=" UNION ALL ".join(found))
+
+
+class ColumnSummary(NamedTuple):
+    """One column over the files that were read."""
+
+    name: str
+    kind: str
+    """The database's type."""
+    part: str | None
+    """What it would be in a column map."""
+    null_share: float
+    histogram: tuple[int, ...]
+    """Rows in ten equal bins of 0 to 1, values outside in the first and last; only scores."""
+
+
+class Inspection(NamedTuple):
+    files: int
+    rows: int | None
+    """Of all files; none when they are not parquet, whose footers tell it."""
+    read_files: int
+    read_rows: int
+    columns: Sequence[ColumnSummary]
+    problem: str | None
+    """Why the files cannot be a source as they are."""
+    bad_lines: Counter[str]
+    """Lines of the text files that were read that are not rows, by reason."""
+    first_bad_line: str
+    """File, line and reason of the first."""
+
+
+def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
+    """Look at the files of a glob or URL; the first `read_files` of them are read."""
+    paths = find_metadata(pattern, "sources inspect")
+    source = SourceConfig(name="inspected", files=pattern, own_rows=True)
+    with (
+        TemporaryDirectory() as spill,
+        open_database(Path(spill), "1GB", None, paths) as connection,
+    ):
+        looked_at = [
+            make_readable(connection, number, path, source, Path(spill))
+            for number, path in enumerate(paths[:read_files])
+        ]
+        rows = None
+        if {format_of(path, source) for path in paths} == {"parquet"}:
+            rows = sum(file.rows for file in looked_at)
+            for path in paths[read_files:]:
+                with explain_read_errors(path):
+                    rows += rows_in(connection, [path])
+        first, problem, parts = looked_at[0], None, dict[str, str]()
+        try:
+            columns = schema.column_map(source, first.own, first.published_as, first.is_text)
+            parts = {name: part for part, name in schema.column_parts(columns)}
+        except InputError as error:
+            problem = str(error)
+        if schema.is_old_edition(first.own):
+            problem = (
+                "the columns are those of LAION's metadata of before December 2023, which was "
+                "withdrawn: as a source it needs diff_against"
+            )
+        for file in looked_at:
+            if file.own != first.own and not (file.is_text and file.own.keys() == first.own.keys()):
+                raise InputError(
+                    f"{file.published_as} has other columns than {first.published_as}: inspect "
+                    "them apart, and make each kind of file a source of its own"
+                )
+        read_rows, summaries = _summarise_columns(connection, looked_at, parts)
+    return Inspection(
+        *(len(paths), rows, len(looked_at), read_rows, summaries, problem),
+        sum((Counter(file.flaws) for file in looked_at), Counter[str]()),
+        next((file.first_flaw for file in looked_at if file.first_flaw), ""),
+    )
+
+
+def _summarise_columns(
+    connection: DuckDBPyConnection, files: Sequence[ReadableFile], parts: Mapping[str, str]
+) -> tuple[int, list[ColumnSummary]]:
+    """(rows, columns) of files with the same columns."""
+    table = "read_parquet($paths, union_by_name = true, hive_partitioning = false)"
+    paths = {"paths": [file.path for file in files]}
+    names = {schema.quote_identifier(name): (name, kind) for name, kind in files[0].own.items()}
+    counts = ", ".join(["count(*)", *(f"count({quoted})" for quoted in names)])
+    summaries = []
+    with explain_read_errors(files[0].published_as):
+        [[rows, *there]] = connection.execute(f"SELECT {counts} FROM {table}", paths).fetchall()
+        for (quoted, (name, kind)), values in zip(names.items(), there, strict=True):
+            is_score = schema.is_number(kind) and kind not in schema.INTEGERS
+            histogram = [0] * (BINS if is_score else 0)
+            if histogram:
+                query = (
+                    f"SELECT greatest(0, least({BINS - 1}, floor(value * {BINS})))::INTEGER, "
+                    f"count(*) FROM (SELECT TRY_CAST({quoted} AS DOUBLE) AS value FROM {table}) "
+                    "WHERE isfinite(value) GROUP BY 1"
+                )
+                for place, count in connection.execute(query, paths).fetchall():
+                    histogram[place] = count
+            gaps = 1 - values / max(rows, 1)
+            summaries.append(ColumnSummary(name, kind, parts.get(name), gaps, tuple(histogram)))
+    return rows, summaries

@@ -4,7 +4,7 @@ layout the same columns, and a copy of a file without texts that are not UTF-8."
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.urls import open_binary
-from tasks.merge.config import CLEANED, ColumnMap, SourceConfig, is_old_edition
+from tasks.merge.config import CLEANED, ColumnMap, SourceConfig
 
 PublishedColumns = Mapping[str, str]
 """Column name -> DuckDB type, as found in a file."""
@@ -23,6 +23,8 @@ LAYOUTS: Mapping[str, Mapping[str, Sequence[str]]] = json.loads(
     Path(__file__).with_name("layouts.json").read_text()
 )
 """Published layout -> part -> names of the columns that may play it, the best first."""
+OLD_COLUMNS = {"URL", "TEXT"}
+"""Every edition of before the withdrawal has them; Re-LAION has `url` and `caption`."""
 ONLY_IN_COYO = {"image_phash", "clip_similarity_vitb32", "nsfw_score_opennsfw2"}
 INTEGERS = {
     f"{sign}{kind}" for sign in ("", "U") for kind in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT")
@@ -71,6 +73,10 @@ def column_map(
                 f"but its {part} must be {expected}: name another column"
             )
     return chosen
+
+
+def is_old_edition(columns: Collection[str]) -> bool:
+    return set(columns) >= OLD_COLUMNS
 
 
 class JudgedParts(NamedTuple):

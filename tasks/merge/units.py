@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
 from evaclip_model.files import replace_file, write_atomically
-from tasks.merge import filters, schema
+from tasks.merge import filters, schema, shuffle
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import (
     copy_statement,
@@ -42,16 +42,6 @@ from tasks.merge.merge_plan import (
     pairs_statement,
     read_cuts,
     read_entries,
-)
-from tasks.merge.shuffle import (
-    BUCKET_BITS,
-    TEXT,
-    TEXTS,
-    is_alone,
-    read_keys,
-    read_rows,
-    rows_per_run,
-    write_rows,
 )
 from tasks.tables.parquet_tables import cut_tables
 
@@ -278,9 +268,9 @@ def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> 
         query, parameters = scan_query(plan, file._replace(path=path, columns=columns))
         scanned = execute_query(connection, query, parameters)
         matched, unjudged = set[str](), Counter[str]()
-        judged = scanned.to_arrow_reader(rows_per_run(plan.partitions))
+        judged = scanned.to_arrow_reader(shuffle.rows_per_run(plan.partitions))
         noted = _note_findings(judged, blocked, matched, unjudged)
-        write_rows(noted, folder, file.source, plan.partitions)
+        shuffle.write_rows(noted, folder, file.source, plan.partitions)
         findings = {"matched": sorted(matched), "unjudged": unjudged}
         write_atomically(folder / FINDINGS, json.dumps(findings))
 
@@ -304,9 +294,10 @@ def _copy_tables(
 def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, folder: Path) -> None:
     query, parameters = _partition_keys_query(connection, plan, part)
     part_keys = pa.concat_tables(
-        read_keys(rows_folder(plan, file), file.source, file.number, part) for file in plan.files
+        shuffle.read_keys(rows_folder(plan, file), file.source, file.number, part)
+        for file in plan.files
     )
-    part_keys = part_keys.append_column("alone", pa.array(is_alone(part_keys)))
+    part_keys = part_keys.append_column("alone", pa.array(shuffle.is_alone(part_keys)))
     connection.register("part_keys", part_keys)
     execute_query(connection, load_statement("dedupe", keys=query), parameters)
     connection.unregister("part_keys")
@@ -339,7 +330,7 @@ def _partition_keys_query(
 
 def part_of_key(plan: MergePlan, key: str | None) -> int:
     """The partition that holds a key; None: the least."""
-    return int(key[:4], 16) * plan.partitions >> BUCKET_BITS if key else 0
+    return int(key[:4], 16) * plan.partitions >> shuffle.BUCKET_BITS if key else 0
 
 
 def kept_in(plan: MergePlan, part: int) -> str:
@@ -348,7 +339,9 @@ def kept_in(plan: MergePlan, part: int) -> str:
     return str(plan.temporary / f"{folder}/{part:06d}/survivors.parquet")
 
 
-def _read_survivors(plan: MergePlan, part: int, last_bucket: int = 1 << BUCKET_BITS) -> pa.Table:
+def _read_survivors(
+    plan: MergePlan, part: int, last_bucket: int = 1 << shuffle.BUCKET_BITS
+) -> pa.Table:
     """The rows of a partition that deduplication leaves, numbered, with URL and caption."""
     path = plan.temporary / f"kept/{part:06d}/survivors.parquet"
     rows = pq.ParquetFile(path).read().filter(pc.field("bucket") <= last_bucket)
@@ -362,15 +355,17 @@ def _list_entries(connection: DuckDBPyConnection, plan: MergePlan, _: int, folde
     if isinstance(wanted, str):
         entries = read_entries(wanted)
     else:
-        last = (SAMPLED_ROWS << BUCKET_BITS) // max(1, plan.rows)
-        parts = range(min(plan.partitions, (last * plan.partitions >> BUCKET_BITS) + 1))
+        last = (SAMPLED_ROWS << shuffle.BUCKET_BITS) // max(1, plan.rows)
+        parts = range(min(plan.partitions, (last * plan.partitions >> shuffle.BUCKET_BITS) + 1))
         captions = (_read_survivors(plan, part, last).select(["caption"]) for part in parts)
         connection.register("captions", pa.concat_tables(captions))
         parameters = {"wanted": wanted, "marks": MARKS}
         derived = execute_query(connection, load_statement("derive_entries"), parameters)
         entries = [entry for (entry,) in derived.fetchall()]
     numbers = np.arange(len(entries), dtype=np.int32)
-    connection.register("listed", pa.table({"number": numbers, "entry": pa.array(entries, TEXT)}))
+    connection.register(
+        "listed", pa.table({"number": numbers, "entry": pa.array(entries, shuffle.TEXT)})
+    )
     _copy_tables(connection, folder, ("listed", "prefixes"))
 
 
@@ -446,7 +441,7 @@ def _choose_rows(
     statement = load_statement("chosen", after=beyond)
     places = execute_query(connection, statement, parameters).fetchnumpy()
     found = plan, plan.of_source(source), part, places
-    columns = dict(_read_places(*found, "texts", *TEXTS.names))
+    columns = dict(_read_places(*found, "texts", *shuffle.TEXTS.names))
     columns |= dict(_read_places(*found, "keys", "original_id", "similarity"))
     columns["others"] = pa.chunked_array([pa.array(places["others"])])
     connection.register("chosen", pa.table(columns))
@@ -464,7 +459,9 @@ def _read_places(
     plan: MergePlan, files: Sequence[MetadataFile], part: int, places: Any, kind: str, *names: str
 ) -> Iterator[tuple[str, pa.ChunkedArray]]:
     """Columns of the rows of a partition that `places` names by `file` and `place` in them."""
-    tables = [read_rows(rows_folder(plan, file), kind, part).select(names) for file in files]
+    tables = [
+        shuffle.read_rows(rows_folder(plan, file), kind, part).select(names) for file in files
+    ]
     begins = np.cumsum([0, *map(len, tables)])[:-1]
     indices = begins[np.asarray(places["file"]) - files[0].number] + np.asarray(places["place"])
     # Chunks are joined first, as their rows lie anywhere.

@@ -18,8 +18,8 @@ from evaclip_model.errors import InputError
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import laion_hashes
 from tasks.merge.filters import BLOCKED_TABLES, read_lists
-from tasks.merge.inspect_metadata import inspect_files
 from tasks.merge.merge import merge_sources
+from tasks.merge.merge_plan import inspect_files
 from tasks.merge.metadata_files import find_metadata, outside_files, remote_fingerprint
 from tests.tasks.merge import metadata
 from tests.tasks.merge.metadata import coyo, laion, output_rows, write
