@@ -1,6 +1,6 @@
 """Commands about evaluation sets: `evalsets list`, `show`, `check`, `convert FORM`. Not here: the
 registry (tasks/evaluate/sets/set_registry.py), reading and checking sets
-(tasks/evaluate/sets/check_set.py), writing them (tasks/evaluate/sets/convert)."""
+(tasks/evaluate/sets/published_layout.py), writing them (tasks/evaluate/sets/convert)."""
 
 from __future__ import annotations
 
@@ -76,18 +76,17 @@ def check(
     templates: Annotated[str, Option(help="a source's name (the known set's first)")] = "",
 ) -> None:
     """Read a set, decode every image, say what is odd."""
-    from tasks.evaluate.sets.check_set import check_set, list_facts, list_oddities
-    from tasks.evaluate.sets.published_layout import kind_of, open_set
+    from tasks.evaluate.sets import published_layout as layout
 
     known = _find_known(known_as) if known_as else None
     templates = templates or (known.prompts[0] if known and known.prompts else "dataset")
     name = known.key if known else folder.name
-    evalset = open_set(name, folder, kind_of(folder), templates, known=known)
+    evalset = layout.open_set(name, folder, layout.kind_of(folder), templates, known=known)
     with moving_bar("check") as report:
-        unreadable = check_set(evalset, report)
-    for what, value in list_facts(evalset):
+        unreadable = layout.check_set(evalset, report)
+    for what, value in layout.list_facts(evalset):
         _print_marked(f"{what:<14}", "bold", value)
-    for oddity in list_oddities(evalset, unreadable):
+    for oddity in layout.list_oddities(evalset, unreadable):
         _print_marked("!", "yellow", oddity)
     if unreadable:
         raise InputError(f"{folder} cannot be evaluated: every image has to be decodable")
@@ -228,7 +227,7 @@ def _make_words(
 
 def _run_conversion(convert_set: Callable[..., Conversion]) -> None:
     """Convert with a bar (`convert_set` takes `report`), then print what was made."""
-    from tasks.evaluate.sets.check_set import some_names
+    from tasks.evaluate.sets.published_layout import some_names
 
     with moving_bar("convert") as report:
         made = convert_set(report=report)

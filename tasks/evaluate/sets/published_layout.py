@@ -2,7 +2,7 @@
 
 Such sets have few shards, so they are never split by tar: samples are addressed one by one, in the
 order of their keys, and every one of them is evaluated exactly once. The same samples are the same
-set in however many tars.
+set in however many tars. Also a look at a set, and at what is odd about it, before an evaluation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,22 +27,13 @@ import numpy.typing as npt
 
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.files import write_atomically
-from evaclip_model.zeroshot.set_layout import (
-    CLASSNAMES,
-    DATASET_TYPE,
-    SPLIT,
-    TRAIN,
-    Span,
-    find_image,
-    find_tars,
-    read_label,
-    read_lines,
-    read_members,
-)
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
+from evaclip_model.zeroshot import set_layout
 from tasks.evaluate.sets.choice_questions import Question, read_questions
-from tasks.evaluate.sets.class_order import normalise_name
+from tasks.evaluate.sets.class_order import list_of_known, normalise_name
 from tasks.evaluate.sets.prompts import find_classnames, find_templates, subset_classes
 from tasks.evaluate.sets.set_registry import CLASS_KINDS, Kind, KnownSet, NameSource, PromptSource
+from tasks.progress import Report, report_nothing
 
 if TYPE_CHECKING:
     from tasks.evaluate.metrics.metric import Metric
@@ -49,12 +42,22 @@ _ANSWERS = {"classification": "cls", "multilabel": "npy", "retrieval": "txt", "c
 """Kind -> extension of the member that says what is right; questions have a file of their own."""
 _INDEX_VERSION = 2
 _THOUSAND = 1000
+SHOWN = 3
+"""Examples of each oddity."""
+_ODD_NAMES = (
+    ("are numbers", re.compile(r"^\d+$")),
+    ("are WordNet ids", re.compile(r"^n\d{8}")),
+    ("begin with a number", re.compile(r"^\d+[._-]")),
+    ("have an underscore", re.compile("_")),
+    ("look like files", re.compile(r"\.(jpe?g|png|webp|txt)$", re.I)),
+    ("have spaces or quotes at an end", re.compile(r"""^[\s"']|[\s"']$""")),
+)
 
 
 @dataclass(frozen=True)
 class EvalSample:
     key: str
-    image: Span
+    image: set_layout.Span
     label: int = -1
     """Line of the class in classnames.txt, from 0; -1 in a set of another kind."""
     labels: tuple[int, ...] = ()
@@ -133,21 +136,22 @@ def open_set(
             f"evaluation set '{name}' is declared as {kind}, but {folder} is a {found} set: "
             "correct its kind in the recipe"
         )
-    tars = find_tars(folder)
+    tars = set_layout.find_tars(folder)
     entries = _open_index(tars, kind, index_cache)
     if not entries:
-        raise InputError(f"evaluation set '{name}' has no sample in {folder / SPLIT}")
+        raise InputError(f"evaluation set '{name}' has no sample in {folder / set_layout.SPLIT}")
     names: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     source = "dataset"
     if kind in CLASS_KINDS:
         names = find_classnames(name, classnames, known, folder)
         names, entries = _in_subset(names, entries, tars, known)
-        _check_labels(names, entries, tars, folder / CLASSNAMES)
+        _check_labels(names, entries, tars, folder / set_layout.CLASSNAMES)
         if kind == "multilabel" and not any(entry.answer[1] for entry in entries):
             raise InputError(
-                f"evaluation set '{name}': no image in {folder / SPLIT} has a class, so there is "
-                "no precision to measure: each .npy needs a 1 for every class that its image shows"
+                f"evaluation set '{name}': no image in {folder / set_layout.SPLIT} has a class, so "
+                "there is no precision to measure: each .npy needs a 1 for every class that its "
+                "image shows"
             )
         prompts = find_templates(name, templates, known, folder)
         source, listed = (
@@ -176,18 +180,18 @@ def open_train_part(
     """The part of a classification set that probes learn from, with the set's own class numbers;
     None where it has none. Raises InputError: it is unreadable or a link, or a class of it is not
     one of the set's."""
-    part = folder / TRAIN
+    part = folder / set_layout.TRAIN
     if evalset.kind != "classification" or not part.is_dir():
         return None
     if part.is_symlink():  # what a link leads to is in no fingerprint of the set
         raise InputError(f"{part} is a link: put the folder itself there (cp -al takes no space)")
-    is_set = (part / SPLIT).is_dir()
-    tars = find_tars(part) if is_set else find_tars(folder, TRAIN)
+    is_set = (part / set_layout.SPLIT).is_dir()
+    tars = set_layout.find_tars(part) if is_set else set_layout.find_tars(folder, set_layout.TRAIN)
     entries = _open_index(tars, evalset.kind, index_cache)
-    here, there = evalset.classnames, part / CLASSNAMES
-    if (folder / CLASSNAMES).is_file():
-        here = read_lines(folder / CLASSNAMES, "one class name a line")
-    names = read_lines(there, "one class name a line") if is_set else here
+    here, there = evalset.classnames, part / set_layout.CLASSNAMES
+    if (folder / set_layout.CLASSNAMES).is_file():
+        here = set_layout.read_lines(folder / set_layout.CLASSNAMES, "one class name a line")
+    names = set_layout.read_lines(there, "one class name a line") if is_set else here
     if names != here:
         place = {normalise_name(name): label for label, name in enumerate(here)}
         for name in names:
@@ -195,10 +199,10 @@ def open_train_part(
                 raise InputError(f"{there} names '{name}', which is not a class of {folder}")
         labels = [place[normalise_name(name)] for name in names]
         entries = [one._replace(answer=labels[one.answer]) for one in entries]
-    _check_labels(evalset.classnames, entries, tars, folder / CLASSNAMES)
+    _check_labels(evalset.classnames, entries, tars, folder / set_layout.CLASSNAMES)
     return replace(
         evalset,
-        name=f"{evalset.name}/{TRAIN}",
+        name=f"{evalset.name}/{set_layout.TRAIN}",
         samples=tuple(_read_sample(entry, tars, evalset.kind) for entry in entries),
         images_digest=_digest_entries(evalset.crop_px, [(e.key, e.sha256) for e in entries]),
         warnings=(),
@@ -207,7 +211,7 @@ def open_train_part(
 
 def kind_of(folder: Path) -> Kind:
     """The kind of the set in `folder`. Raises InputError: its dataset_type.txt has another word."""
-    path = folder / DATASET_TYPE
+    path = folder / set_layout.DATASET_TYPE
     if not path.is_file():
         return "classification"
     found = path.read_text(errors="replace").strip().lower()
@@ -259,8 +263,8 @@ def _read_tars(tars: Sequence[Path], kind: Kind) -> list[_Indexed]:
 
 def _read_entries(number: int, tar: Path, kind: Kind) -> Iterator[_Indexed]:
     wanted = _ANSWERS[kind]
-    for key, members in read_members(tar, digest_images=True).items():
-        image = find_image(members, f"{tar}: sample {key}")
+    for key, members in set_layout.read_members(tar, digest_images=True).items():
+        image = set_layout.find_image(members, f"{tar}: sample {key}")
         if wanted and wanted not in members:
             raise InputError(f"{tar}: sample {key} has no .{wanted} member")
         answer = _READERS[kind](members[wanted].content, f"{tar}: {key}") if wanted else []
@@ -306,7 +310,11 @@ def _parse_captions(content: bytes, where: str) -> list[str]:
     return captions
 
 
-_READERS = {"classification": read_label, "multilabel": _parse_labels, "retrieval": _parse_captions}
+_READERS = {
+    "classification": set_layout.read_label,
+    "multilabel": _parse_labels,
+    "retrieval": _parse_captions,
+}
 
 
 def _in_subset(
@@ -353,7 +361,7 @@ def _check_labels(
 
 
 def _read_sample(entry: _Indexed, tars: Sequence[Path], kind: Kind) -> EvalSample:
-    span = Span(tars[entry.tar], entry.offset, entry.size)
+    span = set_layout.Span(tars[entry.tar], entry.offset, entry.size)
     return EvalSample(
         *(entry.key, span),
         label=entry.answer if kind == "classification" else -1,
@@ -386,3 +394,108 @@ def _list_unexpected(evalset: EvalSet) -> list[str]:
         )
         if expected is not None and found != expected
     ]
+
+
+def check_set(evalset: EvalSet, report: Report = report_nothing) -> dict[str, str]:
+    """Decode every image of a set: the keys of those that cannot be, with the reason."""
+    unreadable = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "check") as pool:
+        results = pool.map(_decode_reason, evalset.samples)
+        for done, (sample, reason) in enumerate(zip(evalset.samples, results, strict=True), 1):
+            if reason:
+                unreadable[sample.key] = reason
+            report(done, len(evalset), sample.key)
+    return unreadable
+
+
+def _decode_reason(sample: EvalSample) -> str:
+    try:
+        decode_image(sample.image.read())
+    except UnreadableImageError as error:
+        return str(error)
+    return ""
+
+
+def list_facts(evalset: EvalSet) -> Iterator[tuple[str, str]]:
+    """(what, value) of kind, size, names, prompts and fingerprint."""
+    one = evalset
+    yield "kind", one.kind
+    yield "images", f"{len(one):,} in {len({sample.image.tar for sample in one.samples})} tars"
+    if one.questions:
+        yield "questions", f"{len(one.questions):,}: {one.questions[0].form}"
+    if not one.classnames:
+        yield "captions", f"{len(one.captions):,}"
+    else:
+        yield "classes", f"{len(one.classnames):,}: {some_names(one.classnames)}"
+        yield "templates", f"{len(one.templates)} ({one.prompts_source}): {one.templates[0]}"
+    yield "fingerprint", one.fingerprint
+
+
+def list_oddities(evalset: EvalSet, unreadable: Mapping[str, str]) -> Iterator[str]:
+    """Sentences on what is odd, `unreadable` images among it."""
+    yield from evalset.warnings
+    known, names = evalset.known, evalset.classnames
+    if known is not None and not known.split_stated:
+        yield f"the paper does not say which images these are: {known.split}"
+    if names:
+        yield from odd_names(names, known)
+        seen = {label for one in evalset.samples for label in (one.label, *one.labels)}
+        empty = [name for label, name in enumerate(names) if label not in seen]
+        yield from _count_odd(empty, "classes have no image")
+    if again := len(evalset) - len({sample.sha256 for sample in evalset.samples}):
+        yield f"{again:,} images are copies of others, byte by byte"
+    texts = Counter(text for sample in evalset.samples for text in set(sample.captions))
+    if shared := sum(count > 1 for count in texts.values()):
+        yield f"{shared:,} captions belong to several images word for word: exact ties"
+    reasons = [f"{key} ({reason})" for key, reason in unreadable.items()]
+    yield from _count_odd(reasons, "images cannot be decoded")
+
+
+def odd_names(classnames: Sequence[str], known: KnownSet | None) -> Iterator[str]:
+    names = Counter(classnames)
+    shared = [name for name, count in names.items() if count > 1]
+    yield from _count_odd(shared, "names stand for several classes, which tie exactly")
+    spellings: dict[str, list[str]] = {}
+    for name in names:
+        spellings.setdefault(normalise_name(name), []).append(name)
+    alike = [" and ".join(each) for each in spellings.values() if len(each) > 1]
+    yield from _count_odd(alike, "names differ from another in case or punctuation alone")
+    for what, pattern in () if known and known.key == "mnist" else _ODD_NAMES:
+        odd = [name for name in names if pattern.search(name)]
+        yield from _count_odd(odd, f"names {what}, which a text tower reads as they stand")
+    yield from _compare_with_known(classnames, known)
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first and the last names of a list; all where they are few."""
+    if len(names) <= 2 * SHOWN:
+        return ", ".join(names)
+    return f"{', '.join(names[:SHOWN])} ... {', '.join(names[-SHOWN:])}"
+
+
+def _compare_with_known(classnames: Sequence[str], known: KnownSet | None) -> Iterator[str]:
+    """Names against the known set's own list, where that is installed and of the same words."""
+    listed = list_of_known(known)
+    if listed is None or known is None:
+        return
+    own, others = ([normalise_name(name) for name in one] for one in (classnames, listed.names))
+    if own == others:
+        return
+    if sorted(own) == sorted(others):
+        pairs = zip(classnames, own, others, strict=True)
+        moved = [name for name, key, other in pairs if key != other]
+        (elsewhere,) = _count_odd(moved, "stand elsewhere")
+        yield (
+            f"the names are those of {listed.source}'s list in another order ({elsewhere}): right "
+            "where the labels follow this order"
+        )
+    else:
+        extra = [name for name, key in zip(classnames, own, strict=True) if key not in others]
+        yield from _count_odd(extra, f"names are not in {listed.source}'s list of '{known.key}'")
+
+
+def _count_odd(items: Sequence[str], what: str) -> Iterator[str]:
+    """A sentence on how many there are, with examples; none where there are none."""
+    if items:
+        more = f" and {len(items) - SHOWN:,} more" if len(items) > SHOWN else ""
+        yield f"{len(items):,} {what}: {', '.join(items[:SHOWN])}{more}"

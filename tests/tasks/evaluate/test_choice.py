@@ -17,10 +17,9 @@ from tasks.evaluate.evaluate import evaluate_models
 from tasks.evaluate.metrics.compute import chance_levels, compute_figures
 from tasks.evaluate.metrics.metric import chance_of_jaccard, choose_rightly, jaccard_index
 from tasks.evaluate.metrics.scored import score_set
-from tasks.evaluate.sets.check_set import check_set
 from tasks.evaluate.sets.choice_questions import QUESTIONS, Question
 from tasks.evaluate.sets.convert.convert import convert_choice
-from tasks.evaluate.sets.published_layout import kind_of, open_set
+from tasks.evaluate.sets.published_layout import check_set, kind_of, open_set
 from tasks.progress import report_nothing
 
 PAIRS = ((0, 0), (1, 1))

@@ -10,9 +10,9 @@ import pytest
 
 from evaclip_model.errors import InputError
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
-from tasks.evaluate.sets.check_set import odd_names
 from tasks.evaluate.sets.class_order import ClassOrder, Words, order_classes, read_class_names
 from tasks.evaluate.sets.prompts import imagenet_synsets, subset_classes
+from tasks.evaluate.sets.published_layout import odd_names
 from tasks.evaluate.sets.set_registry import find_set
 
 PETS = ("Abyssinian", "Bengal", "american_bulldog", "basset_hound")

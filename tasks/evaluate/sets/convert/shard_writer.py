@@ -24,14 +24,7 @@ from PIL import Image
 from evaclip_model.errors import InputError
 from evaclip_model.files import lock_file, replace_file, write_atomically
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
-from evaclip_model.zeroshot.set_layout import (
-    CLASSNAMES,
-    DATASET_TYPE,
-    SHARDS,
-    SPLIT,
-    TEMPLATES,
-    TRAIN,
-)
+from evaclip_model.zeroshot import set_layout
 from tasks.evaluate.sets.choice_questions import QUESTIONS, Question
 from tasks.evaluate.sets.set_registry import Kind
 from tasks.progress import Report, report_nothing
@@ -130,7 +123,7 @@ def write_set(
     if questions:
         decides["questions"] = [one.model_dump() for one in questions]
     decides = json.loads(json.dumps(decides))  # as it comes back from the file
-    replaced = folder.exists() and [path.name for path in folder.iterdir()] != [TRAIN]
+    replaced = folder.exists() and [path.name for path in folder.iterdir()] != [set_layout.TRAIN]
     if replaced and (finished := _read_finished(folder, decides)):
         return finished
     growing = folder.with_name(f".{folder.name}.part")
@@ -153,7 +146,7 @@ def write_set(
                 part = sources[first : first + images_per_tar]
                 done = growing / _RECORDS / f"{number}.json"  # written after its tar
                 if not done.exists():
-                    tar = growing / SPLIT / f"{number}.tar"
+                    tar = growing / set_layout.SPLIT / f"{number}.tar"
                     record = _write_tar(tar, read_part(first, part), kind, len(classnames))
                     write_atomically(done, json.dumps(record, ensure_ascii=False))
                 records.append(json.loads(done.read_text()))
@@ -188,17 +181,16 @@ def _start_folder(growing: Path, decides: dict[str, Any]) -> None:
     if path.exists() and json.loads(path.read_text())["decides"] == decides:
         return
     for entry in growing.iterdir():
-        if entry.is_dir() and entry.name != TRAIN:
+        if entry.is_dir() and entry.name != set_layout.TRAIN:
             shutil.rmtree(entry)
         elif entry.is_file() and entry.name != ".lock":
             entry.unlink()
-    (growing / SPLIT).mkdir()
+    (growing / set_layout.SPLIT).mkdir()
     (growing / _RECORDS).mkdir()
     write_atomically(path, json.dumps({"decides": decides}, ensure_ascii=False))
 
 
 def _write_tar(path: Path, read: Iterable[Read], kind: Kind, classes: int) -> dict[str, Any]:
-    """Write a tar, and return its record."""
     record: dict[str, Any] = {"images": 0, "failures": [], "remarks": []}
     with (
         # One name, as only one run writes here: what a killed run left is written over.
@@ -270,24 +262,27 @@ def _close_set(
     if not made.images:
         why = " (the first, {}, {})".format(*made.failures[0]) if made.failures else ""
         raise InputError(f"no image for {folder}: none of {len(made.failures)} could be used{why}")
-    for name, lines in ((CLASSNAMES, decides["classnames"]), (TEMPLATES, decides["templates"])):
+    for name, lines in (
+        (set_layout.CLASSNAMES, decides["classnames"]),
+        (set_layout.TEMPLATES, decides["templates"]),
+    ):
         if lines:
             write_atomically(growing / name, "".join(f"{line}\n" for line in lines))
     if decides["kind"] != "classification":
-        write_atomically(growing / DATASET_TYPE, f"{decides['kind']}\n")
+        write_atomically(growing / set_layout.DATASET_TYPE, f"{decides['kind']}\n")
     for name, listed in ((FAILURES, made.failures), (REMARKS, made.remarks)):
         if listed:
             text = "".join("\t".join(" ".join(p.split()) for p in one) + "\n" for one in listed)
             write_atomically(growing / name, text)
-    write_atomically(growing / SPLIT / SHARDS, f"{len(records)}\n")
+    write_atomically(growing / set_layout.SPLIT / set_layout.SHARDS, f"{len(records)}\n")
     text = json.dumps({"decides": decides, "records": records}, ensure_ascii=False)
     write_atomically(growing / CONVERSION, text + "\n")
     shutil.rmtree(growing / _RECORDS)
     (growing / ".lock").unlink()
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
-        if (folder / TRAIN).exists():  # it was converted by itself
-            (folder / TRAIN).replace(growing / TRAIN)
+        if (folder / set_layout.TRAIN).exists():  # it was converted by itself
+            (folder / set_layout.TRAIN).replace(growing / set_layout.TRAIN)
         shutil.rmtree(old, ignore_errors=True)
         folder.replace(old)
     growing.replace(folder)
