@@ -23,8 +23,13 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from openlineage.client import event_v2, facet_v2
+from openlineage.client.serde import Serde
+from openlineage.client.transport.file import FileConfig, FileTransport
 
 from tasks.artifacts.artifact import Address, Artifact
 from tasks.lineage import stage_record
@@ -35,11 +40,6 @@ from tasks.tracking import TrackingStore, import_mlflow
 
 if TYPE_CHECKING:
     from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
-from datetime import UTC, datetime
-
-from openlineage.client import event_v2, facet_v2
-from openlineage.client.serde import Serde
-from openlineage.client.transport.file import FileConfig, FileTransport
 
 _log = logging.getLogger(__name__)
 PRODUCER = "urn:evaclip"
@@ -132,14 +132,19 @@ class TrackedRun:
         tracking: Tracking,
         shipper: Shipper,
         key: str,
-        job: JobRun,
+        job: str,
         address: Address | None = None,
+        parent: TrackedRun | None = None,
     ) -> None:
+        """The run of `key` in the journal; `job` is its name among OpenLineage's."""
         self._tracking = tracking
         self._shipper = shipper
         self.key = key
-        self.job = job
+        self._job = job
         self._address = address
+        self._parent = parent
+        root = shipper.journal.about["key"]
+        self._uuid: uuid.UUID = uuid.uuid5(parent._uuid, key) if parent else uuid.UUID(root)
         self._made: Artifact | None = None
         status = shipper.journal.run_statuses().get(key)
         self.is_continued = status is not None
@@ -193,17 +198,44 @@ class TrackedRun:
         self._write_event("COMPLETE")
 
     def _write_event(self, kind: str, reason: str = "") -> None:
-        file = self._tracking.openlineage
-        if file is not None and not (self.is_reused or self.is_over):
-            write_event(file, kind, self.job, self._address, self._made, reason)
+        """Append an event of OpenLineage: START, RUNNING (it goes on after its process was killed),
+        COMPLETE, FAIL or ABORT. The inputs are the parents of a stage. Nothing is raised."""
+        path = self._tracking.openlineage
+        if path is None or self.is_reused or self.is_over:
+            return
+        facets: dict[str, facet_v2.RunFacet] = {}
+        level = "FLOW" if self._parent is None else "STAGE"
+        if self._parent is not None:
+            above = facet_v2.parent_run.Job(NAMESPACE, self._parent._job)
+            run = facet_v2.parent_run.Run(str(self._parent._uuid))
+            facets["parent"] = facet_v2.parent_run.ParentRunFacet(run, above, producer=PRODUCER)
+        if reason:
+            message = facet_v2.error_message_run.ErrorMessageRunFacet
+            facets["errorMessage"] = message(reason, "python", producer=PRODUCER)
+        job_facet = facet_v2.job_type_job.JobTypeJobFacet
+        job_type = job_facet("BATCH", "EVACLIP", level, producer=PRODUCER)
+        made = event_v2.RunEvent(
+            eventTime=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            eventType=event_v2.RunState(kind),
+            run=event_v2.Run(str(self._uuid), facets),
+            job=event_v2.Job(NAMESPACE, self._job, {"jobType": job_type}),
+            inputs=list(_input_datasets(self._address)) if self._address else [],
+            outputs=[_output_dataset(self._made)] if self._made else [],
+            producer=PRODUCER,
+        )
+        event: Any = redact_settings(Serde.to_dict(made))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            FileTransport(FileConfig(str(path), append=True)).emit(event)
+        except (OSError, RuntimeError) as problem:
+            _log.warning("OpenLineage lost an event: %s", problem)
 
 
 class PipelineRun(TrackedRun):
     """The parent run of one execution of a flow."""
 
     def __init__(self, tracking: Tracking, shipper: Shipper, name: str) -> None:
-        job = JobRun(uuid.UUID(shipper.journal.about["key"]), name, "FLOW")
-        super().__init__(tracking, shipper, PIPELINE, job)
+        super().__init__(tracking, shipper, PIPELINE, name)
 
     @contextmanager
     def stage_run(self, address: Address, title: str | None = None) -> Iterator[StageRun]:
@@ -222,7 +254,8 @@ class PipelineRun(TrackedRun):
 
     def _make_stage_run(self, address: Address, title: str) -> StageRun:
         key = f"{title}-{address.digest}"
-        return StageRun(self._tracking, self._shipper, key, self.job.stage(key, title), address)
+        job = f"{self._job}.{title}"
+        return StageRun(self._tracking, self._shipper, key, job, address, self)
 
 
 class StageRun(TrackedRun):
@@ -313,64 +346,6 @@ def _sample_use(monitors: Sequence[BaseMetricsMonitor]) -> dict[str, float]:
         figures |= {f"system/{name}": v for name, v in monitor.aggregate_metrics().items()}
         monitor.clear_metrics()
     return figures
-
-
-@dataclass(frozen=True)
-class JobRun:
-    """One run of one job: what its events share."""
-
-    run: uuid.UUID
-    name: str
-    kind: str
-    """`FLOW` or `STAGE`."""
-    parent: JobRun | None = None
-
-    def stage(self, key: str, title: str) -> JobRun:
-        return JobRun(uuid.uuid5(self.run, key), f"{self.name}.{title}", "STAGE", self)
-
-
-def write_event(
-    path: Path,
-    kind: str,
-    job: JobRun,
-    address: Address | None = None,
-    made: Artifact | None = None,
-    error: str = "",
-) -> None:
-    """Append one event of a run to the file: OpenLineage's START, RUNNING (it goes on after its
-    process was killed), COMPLETE, FAIL or ABORT. The inputs are the parents of a stage's `address`.
-    Nothing is raised."""
-    event: Any = redact_settings(Serde.to_dict(_make_event(kind, job, address, made, error)))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        FileTransport(FileConfig(str(path), append=True)).emit(event)
-    except (OSError, RuntimeError) as problem:
-        _log.warning("OpenLineage lost an event: %s", problem)
-
-
-def _make_event(
-    kind: str, job: JobRun, address: Address | None, made: Artifact | None, error: str
-) -> event_v2.RunEvent:
-    facets: dict[str, facet_v2.RunFacet] = {}
-    if job.parent is not None:
-        above = facet_v2.parent_run.Job(NAMESPACE, job.parent.name)
-        run = facet_v2.parent_run.Run(str(job.parent.run))
-        facets["parent"] = facet_v2.parent_run.ParentRunFacet(run, above, producer=PRODUCER)
-    if error:
-        message = facet_v2.error_message_run.ErrorMessageRunFacet
-        facets["errorMessage"] = message(error, "python", producer=PRODUCER)
-    job_type = facet_v2.job_type_job.JobTypeJobFacet
-    about: dict[str, facet_v2.JobFacet] = {}
-    about["jobType"] = job_type("BATCH", "EVACLIP", job.kind, producer=PRODUCER)
-    return event_v2.RunEvent(
-        eventTime=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        eventType=event_v2.RunState(kind),
-        run=event_v2.Run(str(job.run), facets),
-        job=event_v2.Job(NAMESPACE, job.name, about),
-        inputs=[] if address is None else list(_input_datasets(address)),
-        outputs=[] if made is None else [_output_dataset(made)],
-        producer=PRODUCER,
-    )
 
 
 def _input_datasets(address: Address) -> Iterator[event_v2.InputDataset]:
