@@ -18,7 +18,7 @@ from flows.config.recipe_loader import Overrides, RecipeName
 from flows.graph import incremental
 from flows.graph.graph import Graph, data_steps, load_graph, verify_step
 from flows.graph.incremental import News, of_kind, rows_of
-from flows.graph.outside_data import fetch_models
+from flows.graph.outside_data import fetch_model
 from flows.graph.runner import RecipeSession, Session, open_session, track_run
 from flows.graph.score_request import read_asked
 from flows.graph.step import Step
@@ -190,7 +190,7 @@ def retrain(
             _settle_last(wanted, store, news, promote)
         return None
     with open_session("retrain", recipe, overrides) as session:
-        if news.is_first:
+        if news.last is None:
             prepare_data(session)
         else:
             steps = (incremental.new_merge_step, incremental.new_adopt_step)
@@ -272,7 +272,7 @@ def score(
     profile = load_profile()
     root = profile.root.resolve()
     asked = read_asked(models, recipe, sets, data, overrides, root)
-    specs = fetch_models(asked.models, profile)
+    specs = {name: fetch_model(spec, profile) for name, spec in asked.models.items()}
     step = asked.make_step(root, specs)
     params = {"flow": "score", "models": " ".join(models), "recipe": recipe}
     named = f"score {', '.join(specs)}"

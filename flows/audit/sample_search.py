@@ -19,7 +19,7 @@ from evaclip_model.reading.samples import BrokenShard, Sample, SampleReader
 from evaclip_model.reading.urls import is_url
 from flows.audit.sample_trace import find_versions, locate_shard
 from flows.config.profile import Profile
-from flows.graph.outside_data import fetch_models, fingerprint_model
+from flows.graph.outside_data import fetch_model, fingerprint_model
 from tasks.artifacts.artifact import Artifact, Role, read_artifact, read_artifacts
 from tasks.embed.config import STAGE
 from tasks.embed.embed import REPORT
@@ -126,7 +126,7 @@ class SampleSearch:
             raise InputError(
                 f"{self.model} is not the model any more that embedded: run `prepare` again"
             )
-        return open_subject(fetch_models({"": self.model}, self._profile)[""])
+        return open_subject(fetch_model(self.model, self._profile))
 
 
 def _choose_artifacts(root: Path, model: str) -> tuple[list[Artifact], str]:

@@ -33,7 +33,7 @@ from flows.graph.outside_data import (
     OutsideMarks,
     describe_sets,
     describe_sources,
-    fetch_models,
+    fetch_model,
     find_all,
     find_files,
     fingerprint_model,
@@ -353,7 +353,6 @@ def verify_step(
 
 
 def join_step(site: Site, verified: Sequence[Step | Artifact]) -> Step:
-
     def make(_: Profile, out: Path, report: Report) -> Made:
         from tasks.join.join import join_verifications
 
@@ -396,7 +395,7 @@ def embed_step(
 
         machine = profile.machine
         return embed_samples(
-            *(config, model, fetch_models({model: model}, profile)[model]),
+            *(config, model, fetch_model(model, profile)),
             *(data.folder, out, report),
             stream=stream,
             ranks=machine.rank_count,
@@ -513,7 +512,7 @@ def describe_seen(
     return Seen(
         read_scores(folders)[0],
         find_features(folders),
-        lambda: fetch_models({model: model}, profile)[model],
+        lambda: fetch_model(model, profile),
         config.precision,
         profile.machine.device,
     )

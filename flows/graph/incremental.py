@@ -89,12 +89,8 @@ class News:
     """Digest of a verification -> the features of it by which the first attempt chose."""
 
     @property
-    def is_first(self) -> bool:
-        return self.last is None
-
-    @property
     def is_nothing(self) -> bool:
-        return not self.is_first and not self.files and not rows_of(self.waiting)
+        return self.last is not None and not self.files and not rows_of(self.waiting)
 
 
 def of_kind(stage: Stage, artifacts: Iterable[Artifact]) -> tuple[Artifact, ...]:
@@ -249,7 +245,6 @@ def _find_attempts(
     """Every registration under the model's name in this registry, by version. The digests on the
     versions tell: one database has many addresses (moved, behind a server, by another host name).
     """
-
     registered = [
         (artifact, standings.get(int(artifact.counts["version"])))
         for artifact in artifacts

@@ -95,17 +95,15 @@ def fingerprint_model(spec: str) -> str:
     return "-".join([*marks, spec]) if spec.startswith(OPEN_CLIP) else "-".join(marks)
 
 
-def fetch_models(models: dict[str, str], profile: Profile) -> dict[str, str]:
-    """The specs with registered models as folders under the root."""
-    fetched = dict(models)
-    for name, spec in models.items():
-        if spec.startswith(REGISTRY):
-            from tasks.register.model_registry import pull_model  # imports mlflow
+def fetch_model(spec: str, profile: Profile) -> str:
+    """The spec; of a registered model its folder, under the root."""
+    if not spec.startswith(REGISTRY):
+        return spec
+    from tasks.register.model_registry import pull_model  # imports mlflow
 
-            model = spec.removeprefix(REGISTRY)
-            folder = profile.root.resolve() / "cache" / "models" / model.replace("/", "-")
-            fetched[name] = str(pull_model(profile.mlflow_uri, model, folder))
-    return fetched
+    model = spec.removeprefix(REGISTRY)
+    folder = profile.root.resolve() / "cache" / "models" / model.replace("/", "-")
+    return str(pull_model(profile.mlflow_uri, model, folder))
 
 
 def hash_marks(marks: Iterable[str], between: str = "") -> str:

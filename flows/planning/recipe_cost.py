@@ -11,15 +11,8 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.training import cost
 from evaclip_model.training.config import TrainConfig, feature_bytes, find_architecture
-from evaclip_model.training.cost import (
-    gpu_memory,
-    pair_flops,
-    parameter_counts,
-    peak_flops,
-    shown_tokens,
-    stage_flops_per_sample,
-)
 from evaclip_model.training.engine.deepspeed_config import deepspeed_config
 from flows.config.recipe import (
     SHARE_SELECTED,
@@ -134,8 +127,12 @@ def cut_share(model: ModelConfig, train: TrainConfig, machines: Machines) -> Cut
     limit = machines.memory_gb * GIB * USABLE_SHARE
     for parts in (number for number in range(1, share + 1) if share % number == 0):
         size = share // parts
-        memory = gpu_memory(
-            model, train, ranks=machines.count, micro_batch=size, text_tokens=shown_tokens(train)
+        memory = cost.gpu_memory(
+            model,
+            train,
+            ranks=machines.count,
+            micro_batch=size,
+            text_tokens=cost.shown_tokens(train),
         )
         cut = Cut(share, size, memory, limit)
         if cut.fits:
@@ -180,10 +177,10 @@ def _encode_line(
 ) -> Line:
     """The features of samples by one model: bytes, and a forward pass at the rate of training."""
     size = f"{format_bytes(samples * feature_bytes(spec))} of features"
-    architecture, peak = find_architecture(spec), peak_flops(machines.gpu)
+    architecture, peak = find_architecture(spec), cost.peak_flops(machines.gpu)
     if architecture is None or peak is None:
         return Line(what, f"{size}, time not estimated", "the model's or the GPU's is not known")
-    flops, share = pair_flops(architecture), utilisation or TABLE_6_SHARE["whole images"]
+    flops, share = cost.pair_flops(architecture), utilisation or TABLE_6_SHARE["whole images"]
     hours = samples * flops / (peak * share) / 3600
     price = f", price {hours * machines.price:,.0f}" if machines.price is not None else ""
     origin = f"{samples:,} samples once, {flops / 1e9:,.0f} GFLOP each, {share:.0%} of the peak"
@@ -255,16 +252,16 @@ def _time_lines(
     cut: Cut,
     utilisation: float | None,
 ) -> Iterator[Line]:
-    flops = stage_flops_per_sample(model, train, text_tokens=shown_tokens(train))
+    flops = cost.stage_flops_per_sample(model, train, text_tokens=cost.shown_tokens(train))
     again = RECOMPUTED[train.grad_checkpointing] + (cut.parts - 1) / cut.parts
     spent = flops * (1 + again / 3)
     yield Line(
         "FLOPs of a sample",
         f"{flops / 1e9:,.0f} G, {spent / 1e9:,.0f} G with what is computed again",
-        f"matrix products, {shown_tokens(train):.0f} tokens a caption, "
+        f"matrix products, {cost.shown_tokens(train):.0f} tokens a caption, "
         f"{again:.2f} forward passes again for checkpointing and parts",
     )
-    peak = peak_flops(machines.gpu)
+    peak = cost.peak_flops(machines.gpu)
     if peak is None or train.precision == "fp32":
         yield Line("time", "not estimated", "rates are of fp16 and bf16, not of fp32")
         return
@@ -302,7 +299,7 @@ def engine_settings(recipe: Recipe, train: TrainConfig, machines: Machines) -> s
         return None
     model = recipe.initialise.load_architecture().at_image_px(train.image_px)
     accumulates = cut_share(model, train, machines).parts > 1
-    parameters = sum(parameter_counts(model).values())
+    parameters = sum(cost.parameter_counts(model).values())
     return json.dumps(deepspeed_config(train, machines.count, parameters, accumulates=accumulates))
 
 

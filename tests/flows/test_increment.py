@@ -188,7 +188,7 @@ def test_without_a_champion_training_begins_where_the_recipe_does(
 
 def test_nothing_is_new_without_files_and_without_rows_that_wait(news: News) -> None:
     last = object()
-    assert replace(news, last=None).is_first
+    assert not replace(news, last=None, files={}).is_nothing
     seen = replace(news, last=last, files={})  # type: ignore[arg-type]
     assert seen.is_nothing
     assert not replace(seen, waiting=(merged("x" * 16, 1, 0),)).is_nothing

@@ -224,7 +224,7 @@ def top1(web: Web) -> dict[str, float]:
 
 def test_week_1_the_first_data_makes_the_first_champion(web: Web) -> None:
     web.publish("1", [web.row(concept) for concept in web.concepts[:FIRST]])
-    assert web.news().is_first
+    assert web.news().last is None
     registered = retrain(recipe=web.recipe)
     assert registered is not None
     assert read_decision(registered.folder).summary == "PROMOTE: no champion yet"
