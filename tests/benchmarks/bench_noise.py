@@ -121,7 +121,7 @@ def prepare_fashion(seed: int, options: argparse.Namespace) -> tuple[str, list[s
         "noise.toml",
         [*changes, f"initialise.seed={seed}", f"train.train.seed={seed}"],
         wrong,
-        "sha256",
+        "stored_sha256",
     )
 
 
