@@ -4,6 +4,7 @@ import base64
 import http.server
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -138,16 +139,36 @@ def stack(tmp_path_factory):
     assert made.processes() == []
 
 
+class Endless:
+    """A takedown that goes on until it is let go: among the artifacts is one whose manifest is a
+    pipe, in which nobody writes."""
+
+    def __init__(self, root, lists):
+        self._pipe, self.file = root / "merge" / "endless" / "manifest.json", str(lists)
+        self._pipe.parent.mkdir(parents=True)
+        os.mkfifo(self._pipe)
+        lists.write_text("0" * 64 + "\n")
+
+    def let_go(self):
+        if not self._pipe.exists():
+            return
+        try:
+            pipe = os.open(self._pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads
+            pipe = None
+        shutil.rmtree(self._pipe.parent)
+        if pipe is not None:
+            manifest = {"kind": "merge", "version": 1, "digest": "endless", "created": "2026"}
+            manifest |= {"config": {}, "parents": {}, "counts": {}, "files": {}}
+            os.write(pipe, json.dumps(manifest).encode())
+            os.close(pipe)
+
+
 @pytest.fixture
-def endless(tmp_path):
-    """A takedown list that never comes to an end: a pipe that nobody writes to."""
-    path = tmp_path / "list.txt"
-    os.mkfifo(path)
-    yield str(path)
-    try:  # a run that still reads it would keep its place from those of other tests
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-    except OSError:
-        return
+def endless(stack, tmp_path):
+    made = Endless(stack.root, tmp_path / "list.txt")
+    yield made
+    made.let_go()  # a run that still reads would keep its place from those of other tests
 
 
 def test_up_twice_is_up_once(stack):
@@ -158,8 +179,8 @@ def test_up_twice_is_up_once(stack):
 
     before, pids = known(), {one.pid for one in stack.processes()}
     said = stack.make("up")
-    assert known() == before and len(before[1]) == 3
-    assert said.count("is up already") == 4
+    assert known() == before and len(before[1]) == 4
+    assert said.count("is up already") == 5
     assert pids <= {one.pid for one in stack.processes()}
 
 
@@ -264,7 +285,7 @@ def test_serving_hears_of_a_promoted_model(stack):
 
 
 def test_a_run_whose_machine_is_gone_crashes_without_anybody(stack, endless):
-    run = stack.start("takedown", {"file": endless})
+    run = stack.start("takedown", {"file": endless.file})
     stack.becomes(run, "Running")
     time.sleep(5)  # the first heartbeat
     supervisor = psutil.Process(stack.worker("cpu-io"))
@@ -277,7 +298,7 @@ def test_a_run_whose_machine_is_gone_crashes_without_anybody(stack, endless):
 
 
 def test_a_stopped_worker_leaves_its_run_crashed_and_no_process(stack, endless):
-    run = stack.start("takedown", {"file": endless})
+    run = stack.start("takedown", {"file": endless.file})
     stack.becomes(run, "Running")
     os.kill(stack.worker("cpu-io"), signal.SIGTERM)
     assert stack.becomes(run, "Completed", "Failed", "Crashed", within_s=60) == "Crashed"
@@ -287,7 +308,7 @@ def test_a_stopped_worker_leaves_its_run_crashed_and_no_process(stack, endless):
 
 
 def test_a_killed_worker_is_replaced_and_its_run_goes_on(stack, endless):
-    run = stack.start("takedown", {"file": endless})
+    run = stack.start("takedown", {"file": endless.file})
     stack.becomes(run, "Running")
     (worker,) = [
         one
@@ -297,18 +318,18 @@ def test_a_killed_worker_is_replaced_and_its_run_goes_on(stack, endless):
     worker.kill()
     time.sleep(15)
     assert stack.becomes(run, "Running") == "Running"
-    Path(endless).write_text("0" * 64 + "\n")
+    endless.let_go()
     assert stack.becomes(run, "Completed", "Failed", "Crashed") == "Completed"
     assert psutil.Process(stack.worker("cpu-io")).children()
 
 
 def test_a_second_run_waits_and_a_second_retraining_is_cancelled(stack, endless):
-    first = stack.start("takedown", {"file": endless})
+    first = stack.start("takedown", {"file": endless.file})
     stack.becomes(first, "Running")
     second = stack.start("takedown", {"file": "/nowhere/list.txt"})
     time.sleep(15)
     assert stack.becomes(second, "AwaitingConcurrencySlot", "Scheduled", "Late")
-    Path(endless).write_text("0" * 64 + "\n")
+    endless.let_go()
     assert stack.becomes(second, "Completed", "Failed", "Crashed", within_s=120) == "Failed"
     options = stack.deployments()["retrain"]["concurrency_options"]
     assert options["collision_strategy"] == "CANCEL_NEW"

@@ -96,7 +96,9 @@ def test_a_version_on_s3_is_registered_loaded_elsewhere_and_pulled(
         length, left = load_elsewhere(store.uri, tmp_path / "elsewhere", settings)
         assert length == pytest.approx(1, abs=1e-4)
         assert left == []
-        folder = pull_model(store.uri, "clip@champion", tmp_path / "pulled")
+        folder = pull_model(
+            store.uri, "clip@champion", tmp_path / "pulled", places=[f"{bucket}/weights"]
+        )
     open_model(folder)
     trained, _ = trained_and_evaluated(tmp_path / "runs")
     weights = "model.safetensors"
