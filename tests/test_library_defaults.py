@@ -5,6 +5,7 @@ release that moves one fails here by its name. What can be set is set where it i
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,25 @@ def test_a_run_from_a_terminal_is_not_taken_for_dead_by_the_server(
     rules = yaml.safe_load((ROOT / "infra/automations.yaml").read_text())["automations"]
     within = [one["trigger"]["within"] for one in rules if one["name"] == "dead runs crash"]
     assert [3 * every_s < most for most in within] == [True]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "flows/commands/run.py",
+        "infra/up.toml",
+        "infra/compose.yaml",
+        "infra/profiles/kubernetes.env",
+    ],
+)
+def test_a_run_asks_a_server_again_that_is_lame_for_a_moment(file: str) -> None:
+    """By default the first 500 of a server under load ends the run."""
+    from prefect.settings import PREFECT_CLIENT_RETRY_EXTRA_CODES, temporary_settings
+
+    found = re.search(r"RETRY_EXTRA_CODES\W+([\d,]+)", (ROOT / file).read_text())
+    assert found, file
+    with temporary_settings({PREFECT_CLIENT_RETRY_EXTRA_CODES: found[1]}):
+        assert PREFECT_CLIENT_RETRY_EXTRA_CODES.value() == {500, 504}
 
 
 def test_mlflow_takes_as_much_at_once_as_we_send_it_and_truncates_as_we_say() -> None:

@@ -180,6 +180,7 @@ def temporary_server(root: Path) -> Iterator[None]:
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # infra/automations.yaml counts on it
+        "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",  # a server under load says so for a moment
         "PREFECT_HOME": str((root / "prefect").resolve()),
     }
     for name, value in quiet.items():
