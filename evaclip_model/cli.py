@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option, Typer
 from typer.exceptions import TyperException
 
 from evaclip_model.choices import Form, Precision
 from evaclip_model.cpu.allocator import freed_memory_kept
-from evaclip_model.errors import InputError, escape_control, shorten_error
+from evaclip_model.errors import InputError, escape_control
 from evaclip_model.model.model_config import ALIASES, CONFIG_FILE, ModelConfig, list_models
 from evaclip_model.reading.urls import read_text
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from evaclip_model.model.clip import EvaClip
 
 MOST_NAMED = 10
-"""Unreadable images named on the terminal; `embed` writes all of them to its file of names."""
+"""Of what cannot be encoded, on the terminal; `embed` writes all of it beside its vectors."""
 
 _TOWER_FORMS = {"vision": "timm", "text": "transformers"}
 """Part of a model -> the form that holds this part alone."""
@@ -105,77 +107,48 @@ def classify_images(
 
     files = image_files(images)
     model = open_named_model(model_name, weights, device, precision)
-    found = image_features(
-        model, files, batch_size=batch_size, progress=_Progress("images", len(files))
-    )
-    shares = compute_label_probabilities(model, found.values, labels, template)
+    said = _Progress("images", len(files))
+    read, features, unreadable = image_features(model, files, batch_size, said)
+    shares = compute_label_probabilities(model, features, labels, template)
     if files == [images]:
         for share, label in sorted(zip(shares[0].tolist(), labels, strict=True))[::-1]:
             print(f"{share:7.1%}  {label}")
     else:
         best, places = (values.tolist() for values in shares.max(dim=1))
-        for file, share, place in zip(found.files, best, places, strict=True):
+        for file, share, place in zip(read, best, places, strict=True):
             print(f"{share:7.1%}  {labels[place]}  {escape_control(str(file))}")
-    _warn_of_unreadable(found.unreadable, len(files))
+    _warn_of_unreadable(iter(unreadable.items()), len(read))
 
 
 @commands.command("embed")
 def embed(
-    model_name: ModelName,
-    out: Annotated[
-        Path,
-        Option(
-            metavar="X.npy", help="unit vectors [N, E] in float32; X.json says what each row is of"
-        ),
+    inputs: Annotated[
+        list[Path],
+        Argument(metavar="INPUT", help="images, folders, .tar, .csv, .tsv, .parquet, .txt"),
     ],
-    images: Annotated[
-        list[Path] | None, Argument(metavar="IMAGE", help="images, or folders of them")
-    ] = None,
-    text: Annotated[
-        Path | None, Option(metavar="FILE", help="captions, one a line, instead of images")
-    ] = None,
+    model_name: ModelName,
+    out: Annotated[Path, Option(metavar="DIR", help="a folder, for a parquet file a part")],
     weights: Weights = None,
     device: Device = "cpu",
-    batch_size: BatchSize = 64,
     precision: WeightsPrecision = "fp32",
+    share: Annotated[str, Option(metavar="K/N", help="of N processes that share DIR")] = "1/1",
 ) -> None:
-    """Write features of images or of captions."""
-    if out.suffix != ".npy":
-        raise InputError(f"--out {out}: features are written as .npy, end the name in it")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: the folder does not exist, make it first")
-    if bool(images) == (text is not None):
-        raise InputError("give images or folders of them, or --text FILE, and not both")
+    """Write vectors of images and captions."""
+    mine, _, of = share.partition("/")
+    if not (mine.isdecimal() and of.isdecimal() and 0 < int(mine) <= int(of)):
+        raise InputError(f"--share {share}: expected K/N, as 1/4 to 4/4 of four processes")
+    if find_spec("pyarrow") is None:
+        raise InputError("pyarrow writes the vectors: pip install pyarrow")
 
-    from evaclip_model.zeroshot import encode_chunks as features
+    from evaclip_model.zeroshot.embed_files import embed_inputs
 
-    names, about = _read_lines(text) if text is not None else [], {}
-    given = (file for source in images or [] for file in features.image_files(source))
-    files = list(dict.fromkeys(given))
     with freed_memory_kept():
         model = open_named_model(model_name, weights, device, precision)
-        if text is not None:
-            progress = _Progress("captions", len(set(names)))
-            values = _encode_captions(model, names, batch_size=batch_size, progress=progress)
-        else:
-            progress = _Progress("images", len(files))
-            found = features.image_features(model, files, batch_size=batch_size, progress=progress)
-            values, names = found.values, list(map(str, found.files))
-            about = {"unreadable": {str(file): why for file, why in found.unreadable.items()}}
-            _warn_of_unreadable(found.unreadable, len(files))
-    features.write_features(out, values, names, about)
-    what = "images" if text is None else "captions"
-    print(f"{len(names):,} {what}: {out}, {features.names_file(out)}")
-
-
-def _read_lines(file: Path) -> list[str]:
-    try:
-        lines = read_text(file).removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as lines ({shorten_error(error)})") from None
-    if lines == [""]:
-        raise InputError(f"{file} is empty: expected one caption a line")
-    return lines
+        part, progress = (int(mine) - 1, int(of)), _Progress("rows")
+        rows, unreadable = embed_inputs(model, inputs, out, share=part, progress=progress)
+    if _warn_of_unreadable(unreadable, rows) and not rows:
+        raise InputError("nothing can be encoded: see the reasons above")
+    print(f"{rows:,} rows: {out}")
 
 
 @commands.command("convert")
@@ -304,45 +277,44 @@ def compute_label_probabilities(
     model: EvaClip, images: Tensor, labels: Sequence[str], template: str
 ) -> Tensor:
     """Probabilities [N, L] of labels for image features [N, E]."""
-    texts = _encode_captions(model, [template.replace("{}", label) for label in labels])
+    from evaclip_model.zeroshot.exact_ranks import encode_texts
+
+    captions = [template.replace("{}", label) for label in labels]
+    device, length = str(model.logit_scale.device), model.config.text.context_length
+    texts = encode_texts(model, captions, context_length=length, device=device)
     cosines = (images @ texts.T).to(model.logit_scale.device)
     return model.compute_probabilities(cosines).detach().cpu()
 
 
-def _encode_captions(model: EvaClip, captions: Sequence[str], **options: Any) -> Tensor:
-    from evaclip_model.zeroshot.exact_ranks import encode_texts
-
-    device, length = str(model.logit_scale.device), model.config.text.context_length
-    return encode_texts(model, captions, context_length=length, device=device, **options)
-
-
-def _warn_of_unreadable(unreadable: Mapping[Path, str], total: int) -> None:
-    lines = [f"  {file} ({why})" for file, why in islice(unreadable.items(), MOST_NAMED)]
-    if len(unreadable) > MOST_NAMED:
-        lines.append(f"  and {len(unreadable) - MOST_NAMED:,} more")
+def _warn_of_unreadable(unreadable: Iterator[tuple[object, str]], readable: int) -> int:
+    """Name some of what cannot be encoded; returns how much it is."""
+    lines = [f"  {name} ({why})" for name, why in islice(unreadable, MOST_NAMED)]
+    count = len(lines) + sum(1 for _ in unreadable)
+    if count > MOST_NAMED:
+        lines.append(f"  and {count - MOST_NAMED:,} more")
     if lines:
-        first = f"{len(unreadable):,} of {total:,} images cannot be read:"
+        first = f"{count:,} of {count + readable:,} cannot be read:"
         print(first, *map(escape_control, lines), sep="\n", file=sys.stderr)
+    return count
 
 
 class _Progress:
     """Says on stderr how far a long command is: in place on a terminal, else every ten seconds."""
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int = 0) -> None:
         self._what, self._total = what, total
         self._started = self._said = time.monotonic()
         self._in_place = sys.stderr.isatty()
 
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        is_end = done == self._total
+    def __call__(self, done: int, share: float | None = None) -> None:
+        now, share = time.monotonic(), done / self._total if share is None else share
         is_due = now - self._said >= (0.2 if self._in_place else 10)
-        if not (is_due or (is_end and self._said > self._started)):
+        if not (is_due or (share == 1 and self._said > self._started)):
             return
-        self._said = now
-        rate = done / (now - self._started)
-        start, end = ("\r\033[K", "\n" * is_end) if self._in_place else ("", "\n")
-        line = f"{start}{done:,} of {self._total:,} {self._what}, {rate:,.1f} a second"
+        self._said, spent = now, now - self._started
+        start, end = ("\r\033[K", "\n" * (share == 1)) if self._in_place else ("", "\n")
+        left = f"{share:.0%}, {timedelta(seconds=int(spent * (1 - share) / share))} left"
+        line = f"{start}{done:,} {self._what}, {done / spent:,.1f} a second, {left}"
         print(line, end=end, file=sys.stderr, flush=True)
 
 

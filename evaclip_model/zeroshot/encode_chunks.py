@@ -8,26 +8,23 @@ cut behind the last; a tower that is not causal gets its whole context.
 Features of image files are for a person who wants them soon: in batches of any size, on all cores.
 """
 
-import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.files import refuse_special, replace_file, write_atomically
+from evaclip_model.files import refuse_special
 from evaclip_model.model.clip import EvaClip
-from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
+from evaclip_model.reading.image_decoder import MAX_BYTES, UnreadableImageError, decode_image
 from evaclip_model.reading.transform import image_transform
 from evaclip_model.tokenizer.tokenizer import PAD_TOKEN, tokenize
 from evaclip_model.zeroshot.exact_ranks import normalise_features
@@ -120,7 +117,7 @@ def embed_images(subject: Subject, decoded: Iterator[Tensor]) -> Tensor:
         with torch.inference_mode():
             encoded = subject.encode_image(padded)[:count]
             parts.append(normalise_features(encoded.cpu(), "image"))
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else torch.empty(0, 0)
 
 
 def embed_texts(subject: Subject, texts: Sequence[str]) -> Tensor:
@@ -166,16 +163,6 @@ IMAGE_SUFFIXES = tuple(f".{kind}" for kind in _KINDS.split())
 """Endings, in any case, of the files of a folder that are taken for images."""
 
 
-@dataclass(frozen=True)
-class ImageFeatures:
-    files: tuple[Path, ...]
-    """Those that could be read, in the order given."""
-    values: Tensor
-    """Their features as fp32 unit vectors [N, E]."""
-    unreadable: Mapping[Path, str]
-    """The other files, with the reason."""
-
-
 def image_files(source: Path) -> list[Path]:
     """A file itself, or the images below a folder, by path. Raises InputError: there are none."""
     refuse_special(source)
@@ -194,57 +181,57 @@ def image_files(source: Path) -> list[Path]:
 def image_features(
     model: EvaClip,
     files: Sequence[Path],
-    *,
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda done: None,
-) -> ImageFeatures:
+) -> tuple[list[Path], Tensor, dict[Path, str]]:
     """Encode image files, on the device and in the precision of a model in evaluation mode;
-    `batch_size` at once, twice as many are held decoded. `progress` gets the number of files done.
-    Raises InputError: none of the files can be read, or features are not finite."""
-    transform = image_transform(model)
-    parameter = next(model.parameters())
+    `batch_size` at once, twice as many are held decoded. Returns those that could be read, in their
+    order, fp32 unit vectors [N, E], and why the others could not. `progress` gets the number of
+    files done. Raises InputError: none can be read, or features are not finite."""
+    parameter, values = next(model.parameters()), list[Tensor]()
     read: list[Path] = []
-    values: list[Tensor] = []
     unreadable: dict[Path, str] = {}
-    done = 0
-    with ThreadPoolExecutor() as pool, torch.inference_mode():
-        read_one = partial(_read_image, transform=transform)
-        starts = range(0, len(files), batch_size)
-        reading = (pool.map(read_one, files[at : at + batch_size]) for at in starts)
-        for results, _ in pairwise(chain(reading, [None])):  # the next is read while one is used
-            batch = list(results or ())
-            images = {path: image for path, image in batch if isinstance(image, Tensor)}
-            unreadable |= {path: str(image) for path, image in batch if path not in images}
-            if images:
-                pixels = torch.stack(list(images.values())).to(parameter.device, parameter.dtype)
-                values.append(normalise_features(model.encode_image(pixels).cpu(), "image"))
-                read += images
-            done += len(batch)
+
+    def decode(pool: Executor) -> Iterator[Tensor]:
+        loaded = load_ahead(pool, files, image_transform(model), batch_size)
+        for done, (file, image) in enumerate(zip(files, loaded, strict=True), 1):
+            if isinstance(image, Tensor):
+                read.append(file)
+                yield image
+            else:
+                unreadable[file] = str(image)
             progress(done)
+
+    with ThreadPoolExecutor() as pool, torch.inference_mode():
+        decoded = decode(pool)
+        while batch := list(islice(decoded, batch_size)):
+            pixels = torch.stack(batch).to(parameter.device, parameter.dtype)
+            values.append(normalise_features(model.encode_image(pixels).cpu(), "image"))
     if not read:
         raise InputError(f"image {files[0]} cannot be decoded ({unreadable[files[0]]})")
-    return ImageFeatures(tuple(read), torch.cat(values), unreadable)
+    return read, torch.cat(values), unreadable
 
 
-def write_features(
-    path: Path, values: Tensor, names: Sequence[str], about: Mapping[str, object]
-) -> None:
-    """Write features [N, E] as `path` (.npy), and before them JSON beside it, with the keys of
-    `about` and the `names` of rows; neither is ever seen half-written."""
-    described = json.dumps({**about, "names": list(names)}, ensure_ascii=False, indent=0)
-    write_atomically(names_file(path), described + "\n")
-    with replace_file(path) as beside, beside.open("wb") as file:
-        np.save(file, values.numpy())
+def load_ahead(
+    pool: Executor, images: Sequence[Any], transform: Callable[[Image.Image], Tensor], at_once: int
+) -> Iterator[Tensor | str | None]:
+    """What `load_image` makes of each; the next `at_once` are read while some are used."""
+    load = partial(load_image, transform=transform)
+    loading = (pool.map(load, images[at : at + at_once]) for at in range(0, len(images), at_once))
+    for loaded, _ in pairwise(chain(loading, [None])):
+        yield from loaded or ()
 
 
-def names_file(path: Path) -> Path:
-    return path.with_suffix(".json")
-
-
-def _read_image(
-    path: Path, transform: Callable[[Image.Image], Tensor]
-) -> tuple[Path, Tensor | str]:
+def load_image(image: Any, transform: Callable[[Image.Image], Tensor]) -> Tensor | str | None:
+    """The pixels of a file or its content as a model takes them, or in words why there are none;
+    such words, and None, as they are."""
+    if image is None or isinstance(image, str):
+        return image
     try:
-        return path, transform(decode_image(path.read_bytes()))
+        if isinstance(image, Path):
+            if not image.is_file() or image.stat().st_size > MAX_BYTES:
+                return "too_large" if image.is_file() else "missing_file"
+            image = image.read_bytes()
+        return transform(decode_image(image))
     except (UnreadableImageError, OSError) as error:
-        return path, str(error)
+        return str(error)

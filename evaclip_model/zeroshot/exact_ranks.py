@@ -5,7 +5,7 @@ larger logit plus the number of equal ones with a lower index. Features may come
 they are normalised and multiplied in fp32, where ties between different answers all but vanish.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Protocol, Self
@@ -57,14 +57,13 @@ def encode_texts(
     context_length: int = CONTEXT_LENGTH,
     batch_size: int = 256,
     device: str = "cpu",
-    progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Normalised fp32 features of `texts` [N, D]; equal texts get bitwise equal features. Raises
     InputError: no texts, or features that are not finite.
 
     Every text is encoded once, in order of length, cut after the longest end-of-text of its batch:
     attention is causal, so tokens behind the end cannot reach the feature. `context_length` is the
-    model's, in tokens; `progress` gets the number of distinct texts done.
+    model's, in tokens.
     """
     if not texts:
         raise InputError("no text to encode: give at least one class name or caption")
@@ -76,24 +75,8 @@ def encode_texts(
         for rows in torch.split(order, batch_size):
             encoded = model.encode_text(cut_padding(tokens[rows]).to(device))
             features.append(normalise_features(encoded.cpu(), "text"))
-            progress(sum(len(part) for part in features))
         distinct = torch.cat(features)[order.argsort()]
         return distinct[torch.tensor([place[text] for text in texts])]
-
-
-def text_classifier(
-    model: TextEncoder,
-    classnames: Sequence[str],
-    templates: Sequence[str],
-    *,
-    batch_size: int = 256,
-    device: str = "cpu",
-    progress: Callable[[int], None] = lambda done: None,
-) -> Tensor:
-    """One fp32 unit vector a class [C, D]: the renormalised mean of its normalised prompts."""
-    asked = fill_templates(classnames, templates)
-    features = encode_texts(model, asked, batch_size=batch_size, device=device, progress=progress)
-    return build_classifier(features, classnames)
 
 
 def fill_templates(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:

@@ -33,6 +33,7 @@ from evaclip_model.reading.teacher_features import split_stream, stream_file
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import pair_flops, peak_flops
 from evaclip_model.training.training_step import vary_caption
+from evaclip_model.zeroshot.embed_files import feature_columns
 from evaclip_model.zeroshot.encode_chunks import (
     IMAGE_CHUNK,
     EvaSubject,
@@ -142,17 +143,8 @@ def _embed_shard(
                 images.append(embed_images(subject, decoded))
                 texts.append(embed_texts(subject, [pair.caption for pair in pairs]))
             count(min(READ_AT_ONCE, verdict.stored - start))
-    image, text = torch.cat(images), torch.cat(texts)
-    similarity = (image * text).sum(dim=1)
-    return pa.table(
-        {
-            "place": pa.array(places, pa.int32()),
-            "uid": usable["uid"],
-            "image": _halves(image),
-            "text": _halves(text),
-            "similarity": pa.array(similarity.numpy(), pa.float32()),
-        }
-    )
+    features = feature_columns(torch.cat(images), torch.cat(texts))
+    return pa.table({"place": pa.array(places, pa.int32()), "uid": usable["uid"], **features})
 
 
 def share_runs(files: Sequence[int], groups: int, rank: int, ranks: int) -> Iterator[Sequence[int]]:
@@ -200,12 +192,6 @@ def _embed_run(
             with replace_file(stream_file(job.folder, number)) as beside, beside.open("wb") as file:
                 np.save(file, features.numpy().astype(np.float16), allow_pickle=False)
             captions.clear()
-
-
-def _halves(features: Tensor) -> pa.FixedSizeListArray:
-    """Features [N, D] as a column of float16 lists."""
-    flat = pa.array(features.numpy().astype(np.float16).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
 
 
 def share_job(path: Path, rank: int, ranks: int) -> None:

@@ -29,7 +29,12 @@ from PIL import Image
 
 from evaclip_model.create import create_model
 from evaclip_model.zeroshot.encode_chunks import image_features, image_files
-from evaclip_model.zeroshot.exact_ranks import rank_classes, text_classifier
+from evaclip_model.zeroshot.exact_ranks import (
+    build_classifier,
+    encode_texts,
+    fill_templates,
+    rank_classes,
+)
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames, imagenet_templates
 from evaclip_model.zeroshot.statistics import count_hits, wilson_interval
 
@@ -102,18 +107,18 @@ def measure(
     model = create_model(one.architecture, weights=file, precision=options.precision)
     model = model.to(options.device).eval()
     names = imagenet_classnames()[: len(classes)]
-    vectors = text_classifier(model, names, imagenet_templates(), device=options.device)
+    asked = fill_templates(names, imagenet_templates())
+    vectors = build_classifier(encode_texts(model, asked, device=options.device), names)
     label_of = {path: place for place, folder in enumerate(classes) for path in image_files(folder)}
-    found = image_features(
-        model, list(label_of), batch_size=options.batch_size, progress=say(one, len(label_of))
-    )
-    labels = torch.tensor([label_of[path] for path in found.files])
-    right = count_hits(rank_classes(found.values, vectors, labels).ranks, 1)
+    told = say(one, len(label_of))
+    read, features, unreadable = image_features(model, list(label_of), options.batch_size, told)
+    labels = torch.tensor([label_of[path] for path in read])
+    right = count_hits(rank_classes(features, vectors, labels).ranks, 1)
     low, high = wilson_interval(right, len(labels))
     said = "none" if one.top1 is None else f"{one.top1:.1f}%"
     print(
         f"| {one.architecture} | {len(labels):,} | {right / len(labels):.1%} "
-        f"| {low:.1%} to {high:.1%} | {said} | {len(found.unreadable)} "
+        f"| {low:.1%} to {high:.1%} | {said} | {len(unreadable)} "
         f"| {(time.monotonic() - start) / 60:.1f} |",
         flush=True,
     )

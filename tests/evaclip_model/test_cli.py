@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -103,40 +105,45 @@ def test_a_folder_gets_a_line_an_image_and_the_unreadable_are_named(saved, capsy
     assert [line.split("  ")[-1] for line in captured.out.splitlines()] == [
         str(path) for path in readable(saved)
     ]
-    assert "1 of 4 images cannot be read:" in captured.err
+    assert "1 of 4 cannot be read:" in captured.err
     assert "broken.png" in captured.err
 
 
 def test_features_of_a_folder_equal_the_models(saved, tmp_path, capsys):
-    out = tmp_path / "x.npy"
-    options = ["--model", saved / "model", "--batch-size", 2, "--out", out]
+    options = ["--model", saved / "model", "--out", tmp_path / "out"]
     assert run("embed", saved / "pictures", saved / "red.png", *options) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("4 images: ")
-    assert "1 of 5 images cannot be read:" in captured.err
-    files = [*readable(saved), saved / "red.png"]
-    about = json.loads((tmp_path / "x.json").read_text())
-    assert about["names"] == [str(path) for path in files]
-    assert list(about["unreadable"]) == [str(saved / "pictures" / "broken.png")]
+    assert captured.out.startswith("4 rows: ")
+    assert "1 of 5 cannot be read:" in captured.err and "broken.png" in captured.err
+    parts = [tmp_path / "out" / f"{name}-000000.parquet" for name in ("pictures", "red")]
+    assert sorted((tmp_path / "out").glob("*.parquet")) == parts
+    (broken,) = json.loads(parts[0].with_suffix(".unreadable.json").read_text())
+    assert broken[0] == "broken.png"
     model = open_model(saved / "model")
-    pixels = torch.stack([image_transform(model)(Image.open(path)) for path in files])
-    with torch.inference_mode():
-        expected = model.encode_image(pixels, normalize=True)
-    torch.testing.assert_close(torch.from_numpy(np.load(out)), expected, rtol=0, atol=1e-5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
+    for part, files in zip(parts, (readable(saved), [saved / "red.png"]), strict=True):
+        table = pq.read_table(part)
+        assert table.column_names == ["id", "caption", "image", "text", "similarity"]
+        names = [str(path.relative_to(saved)).removeprefix("pictures/") for path in files]
+        assert table["id"].to_pylist() == names
+        pixels = torch.stack([image_transform(model)(Image.open(path)) for path in files])
+        with torch.inference_mode():
+            expected = model.encode_image(pixels, normalize=True)
+        found = torch.tensor(table["image"].to_pylist())
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 def test_features_of_captions_keep_the_order_of_the_lines(saved, tmp_path):
     texts = ["a red apple on\u2028a table", "Straße", "", "a red apple on a table", "x"]
     (tmp_path / "captions.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    out = tmp_path / "x.npy"
-    options = ["--model", saved / "model", "--out", out]
-    assert run("embed", "--text", tmp_path / "captions.txt", *options) == 0
+    options = ["--model", saved / "model", "--out", tmp_path / "out"]
+    assert run("embed", tmp_path / "captions.txt", *options) == 0
     model = open_model(saved / "model")
     with torch.inference_mode():
         expected = model.encode_text(tokenize(texts), normalize=True)
-    torch.testing.assert_close(torch.from_numpy(np.load(out)), expected, rtol=0, atol=1e-5)
-    assert json.loads((tmp_path / "x.json").read_text())["names"] == texts
+    table = pq.read_table(tmp_path / "out" / "captions-000000.parquet")
+    assert table["caption"].to_pylist() == texts
+    found = torch.tensor(table["text"].to_pylist())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 def test_a_picture_of_a_form_that_is_not_opened_is_named_and_not_passed_over(
@@ -151,11 +158,10 @@ def test_a_picture_of_a_form_that_is_not_opened_is_named_and_not_passed_over(
 
 def test_an_architecture_and_a_file_of_weights_are_a_model_too(saved, tmp_path):
     weights = ["--weights", saved / "model" / "model.safetensors", "--precision", "bf16"]
-    out = tmp_path / "x.npy"
-    options = ["--model", "EVA02-CLIP-demo", *weights, "--out", out]
+    options = ["--model", "EVA02-CLIP-demo", *weights, "--out", tmp_path]
     assert run("embed", saved / "red.png", *options) == 0
-    assert np.load(out).dtype == np.float32
-    assert np.linalg.norm(np.load(out)) == pytest.approx(1, abs=1e-6)
+    (vector,) = pq.read_table(tmp_path / "red-000000.parquet")["image"].to_pylist()
+    assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("form", ["native", "transformers"])
@@ -191,14 +197,14 @@ def test_a_tower_alone_is_no_whole_model(saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["red.png", "--out", "x.npz", "--model", "model"], "end the name in it"),
-        (["red.png", "--out", "none/x.npy", "--model", "model"], "make it first"),
-        (["--out", "x.npy", "--model", "model"], "give images or folders of them"),
-        (["model", "--out", "x.npy", "--model", "model"], "has no images"),
-        (["--text", "empty", "--out", "x.npy", "--model", "model"], "one caption a line"),
-        (["--text", "red.png", "--out", "x.npy", "--model", "model"], "cannot be read as lines"),
-        (["red.png", "--out", "x.npy", "--model", "EVA02-CLIP-B-16"], "add --weights FILE"),
-        (["red.png", "--out", "x.npy", "--model", "model", "--device", "gpu9"], "cannot be used"),
+        (["red.png", "--out", "empty", "--model", "model"], "empty cannot be written ("),
+        (["none.png", "--out", "x", "--model", "model"], "does not exist"),
+        (["model", "--out", "x", "--model", "model"], "has no images"),
+        (["model/config.json", "--out", "x", "--model", "model", "--share", "3/2"], "expected K/N"),
+        (["red.txt", "--out", "x", "--model", "model"], "cannot be read as a table"),
+        (["odd.csv", "--out", "x", "--model", "model"], "has columns a, b: expected one of image"),
+        (["red.png", "--out", "x", "--model", "EVA02-CLIP-B-16"], "add --weights FILE"),
+        (["red.png", "--out", "x", "--model", "model", "--device", "gpu9"], "cannot be used"),
     ],
 )
 def test_what_cannot_be_embedded_is_said_in_one_sentence(
@@ -206,18 +212,20 @@ def test_what_cannot_be_embedded_is_said_in_one_sentence(
 ):
     monkeypatch.chdir(saved)
     (saved / "empty").touch()
+    shutil.copy("red.png", "red.txt")
+    (saved / "odd.csv").write_text("a,b\n1,2\n")
     assert run("embed", *arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
-    assert not (saved / "x.npy").exists()
+    assert not list(saved.glob("x/*"))
 
 
 def test_weights_that_have_diverged_are_named(saved, tmp_path, capsys):
     spoilt = load_file(saved / "model" / "model.safetensors")
     spoilt["visual.norm.weight"] = torch.full_like(spoilt["visual.norm.weight"], 3e38)
     save_file(spoilt, tmp_path / "spoilt.safetensors")
-    options = ["--weights", tmp_path / "spoilt.safetensors", "--out", tmp_path / "x.npy"]
+    options = ["--weights", tmp_path / "spoilt.safetensors", "--out", tmp_path / "x"]
     assert run("embed", saved / "red.png", "--model", "EVA02-CLIP-demo", *options) == 2
     assert "features that are not finite" in capsys.readouterr().err
 
@@ -229,8 +237,8 @@ def test_long_commands_say_how_far_they_are(capsys, monkeypatch):
     for done in (100, 200, 300, 400):
         progress(done)
     assert capsys.readouterr().err.splitlines() == [
-        "200 of 400 images, 18.2 a second",
-        "400 of 400 images, 17.8 a second",
+        "200 images, 18.2 a second, 50%, 0:00:11 left",
+        "400 images, 17.8 a second, 100%, 0:00:00 left",
     ]
 
 

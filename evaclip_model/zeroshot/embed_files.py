@@ -1,0 +1,279 @@
+"""Features of folders, tables and webdataset shards as parquet files that other programs read.
+
+    DIR/NAME.parquet          id, caption, image and text (unit vectors, float16 lists of one
+                              length), similarity; null where a row has no image or no caption
+    DIR/NAME.unreadable.json  [id, reason] of all that has no row
+
+A part is a tar, or `PART_ROWS` files of a folder or rows of a table, written beside its place. A
+finished one says in its metadata which model and input it is of. Features are those of the stage
+`embed` of the pipeline, bit for bit. Needs pyarrow.
+"""
+
+import csv
+import hashlib
+import json
+import operator
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+from glob import escape
+from itertools import chain, dropwhile, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.files import replace_file, write_atomically
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.reading.samples import BrokenShard, MemberFlaw, read_samples
+from evaclip_model.zeroshot import encode_chunks
+from evaclip_model.zeroshot.encode_chunks import IMAGE_CHUNK, EvaSubject
+
+PART_ROWS = 4096
+AT_ONCE, AT_ONCE_BYTES = 16 * IMAGE_CHUNK, 1 << 28
+"""Rows in memory at the same time, fewer where their files have more bytes; a part none of whose
+first so many rows can be encoded ends the work. Two chunks of images are held decoded."""
+COLUMNS: Mapping[str, Sequence[str]] = {
+    "id": ("id", "uid", "key"),
+    "image": ("image", "image_path", "path", "filepath", "file_name", "filename"),
+    "caption": ("caption", "text"),
+}
+"""What of a table's row is read from which column, the first that there is."""
+TABLES = (".csv", ".tsv", ".parquet", ".txt")
+_MADE_OF, _UNREADABLE = b"evaclip", ".unreadable.json"
+Flaws = list[tuple[str, str]]
+
+
+class Row(NamedTuple):
+    """One thing to encode: an image, a caption, or both."""
+
+    id: str
+    image: Any = None  # path, a file's content, or in words why it cannot be encoded
+    caption: str | None = None
+    weight: int = 1  # of its part's size
+
+
+class Part(NamedTuple):
+    """Rows whose features are one file."""
+
+    name: str
+    mark: list[Any]  # other where the content is
+    size: int  # in rows, of a tar in bytes
+    rows: Iterator[Row]  # behind those of the parts before
+
+
+def embed_inputs(
+    model: EvaClip,
+    sources: Iterable[Path],
+    out: Path,
+    *,
+    share: tuple[int, int] = (0, 1),
+    progress: Callable[[int, float], None] = lambda made, fraction: None,
+) -> tuple[int, Iterator[tuple[str, str]]]:
+    """Encode what `sources` hold into a folder, but for parts that are finished; returns how many
+    rows there are, and (id, reason) of what has none.
+
+    Of a `share` (k, n) every n-th part from the k-th on is encoded, so that processes can share a
+    folder. `progress` gets the rows that this call has been through, and the fraction of all work
+    that is done. InputError: an input cannot be read, two have one name, the folder holds other
+    features or cannot be written, features are not finite, or none of the first rows of a part can
+    be encoded."""
+    parts = [part for source in sources for part in _list_parts(source)]
+    files = {part.name: out / f"{part.name}.parquet" for part in parts}
+    if twice := Counter(part.name for part in parts) - Counter([*files]):
+        raise InputError(f"two inputs are called '{min(twice)}': rename one of them")
+    device, cores = model.logit_scale.device.type, len(os.sched_getaffinity(0))
+    about, made = hashlib.sha256(f"{model.config!r} {model.logit_scale.dtype} {device}".encode()), 0
+    for tensor in model.state_dict().values():
+        about.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if others := sorted({*out.glob("*.parquet")} - {*files.values()}):
+            raise InputError(f"{others[0]} is of none of these inputs: name its own, or remove it")
+        mine, todo = [files[part.name] for part in parts[share[0] :: share[1]]], []
+        for part in parts[share[0] :: share[1]]:
+            mark = json.dumps([about.hexdigest(), *part.mark])
+            made_of = {_MADE_OF: hashlib.sha256(mark.encode()).hexdigest().encode()}
+            file = files[part.name]
+            if not file.exists() or pq.read_schema(file).metadata != made_of:
+                todo.append((part, file, made_of))
+        with encode_chunks.exact_arithmetic(device), ThreadPoolExecutor(cores, "decode") as pool:
+            for at, (part, file, made_of) in enumerate(todo):
+                for rows, passed in _write_part(EvaSubject(model), pool, part, file, made_of):
+                    made += rows
+                    progress(made, (at + passed / part.size) / len(todo))
+        there = sum(pq.read_metadata(file).num_rows for file in mine)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{out} cannot be written ({shorten_error(error)})") from None
+    said = (json.loads(file.with_suffix(_UNREADABLE).read_bytes()) for file in mine)
+    return there, ((name, why) for flaws in said for name, why in flaws)
+
+
+def feature_columns(image: Tensor, text: Tensor) -> dict[str, pa.Array]:
+    """Unit features [N, D] as columns `image` and `text`, float16 lists, and their `similarity`;
+    null where they are not numbers."""
+    columns = {}
+    for name, features in (("image", image), ("text", text)):
+        flat = pa.array(features.numpy().astype(np.float16).reshape(-1))
+        none = pa.array(features[:, 0].isnan().numpy())
+        columns[name] = pa.FixedSizeListArray.from_arrays(flat, features.shape[1], mask=none)
+    similarity = (image * text).sum(dim=1).numpy()
+    return columns | {"similarity": pa.array(similarity, pa.float32(), from_pandas=True)}
+
+
+def _list_parts(source: Path) -> Iterator[Part]:
+    is_file, kind = source.is_file(), source.suffix.lower()
+    if is_file and kind == ".tar":
+        yield Part(source.stem, _mark(source), max(1, source.stat().st_size), _read_tar(source))
+    elif source.is_dir() and (tars := sorted(source.glob("*.tar"))):
+        yield from (part for tar in tars for part in _list_parts(tar))
+    elif is_file and kind in TABLES:
+        rows = _read_table(source)
+        if next(rows, None) is None:
+            raise InputError(f"{source} is empty: expected rows with an image, a caption or both")
+        has_count = kind == ".parquet"
+        count = pq.read_metadata(source).num_rows if has_count else 1 + sum(1 for _ in rows)
+        yield from _cut_parts(source.stem, count, _read_table(source), [source])
+    else:
+        files, root = encode_chunks.image_files(source), source.parent if is_file else source
+        rows = (Row(file.relative_to(root).as_posix(), file) for file in files)
+        name = source.stem if is_file else os.path.basename(os.path.abspath(source))
+        yield from _cut_parts(name, len(files), rows, files)
+
+
+def _cut_parts(name: str, count: int, rows: Iterator[Row], files: Sequence[Path]) -> Iterator[Part]:
+    """Parts of rows, each from its own file or all from one."""
+    numbered = enumerate(rows)
+    for start in range(0, count, PART_ROWS):
+        behind = dropwhile(partial(operator.gt, (start,)), numbered)  # parts may be passed over
+        some = files[start : start + PART_ROWS] if len(files) == count else files
+        size = min(PART_ROWS, count - start)
+        mark = [start, *map(_mark, some)]
+        mine = (row for _, row in islice(behind, size))
+        yield Part(f"{name}-{start // PART_ROWS:06d}", mark, size, mine)
+
+
+def _mark(file: Path) -> list[Any]:
+    found = file.stat() if file.exists() else file.lstat()  # a link may lead nowhere
+    return [file.name, found.st_size, found.st_mtime_ns]
+
+
+def _read_tar(tar: Path) -> Iterator[Row]:
+    """Samples by their record's uid, else by their key; of a torn tar those before the tear."""
+    try:
+        for one in read_samples(tar):
+            image = one.image if one.flaw in (None, MemberFlaw.NO_CAPTION) else str(one.flaw)
+            name = str(one.record.get("uid", one.key))
+            yield Row(name, image, one.caption or None, len(one.image))
+    except BrokenShard as error:
+        yield Row(tar.name, f"not a whole tar: {error.__cause__}")
+
+
+def _read_table(table: Path) -> Iterator[Row]:
+    """Rows of a table, whose paths of images begin at its folder; or lines, which are captions."""
+    folder, number = Path(os.path.abspath(table.parent)), 0
+    try:
+        for number, row in enumerate(_read_values(table)):
+            places = [next((n for n in names if n in row), "") for names in COLUMNS.values()]
+            if not any(places[1:]):
+                known = ", ".join([*COLUMNS["image"], *COLUMNS["caption"]])
+                has = ", ".join(map(str, row))
+                raise InputError(f"{table} has columns {has}: expected one of {known}")
+            named, image, caption = map(row.get, places)
+            if isinstance(image, Mapping):  # as Hugging Face has them
+                image = image.get("bytes") or image.get("path")
+            if caption and not isinstance(caption, str):
+                image = "caption_not_text"
+            elif image and isinstance(image, str):  # the table may be a stranger's
+                path = Path(os.path.abspath(folder / image))
+                image = path if path.is_relative_to(folder) else "outside_folder"
+            elif not image or not isinstance(image, bytes):
+                image = "no_image" if places[1] else None if caption else "no_caption"
+            yield Row(str(number if named is None else named), image, caption or None)
+    except InputError:
+        raise
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+        why = f"behind row {number}: {shorten_error(error)}"
+        raise InputError(f"{table} cannot be read as a table ({why})") from None
+
+
+def _read_values(table: Path) -> Iterator[Mapping[str, Any]]:
+    kind = table.suffix.lower()
+    if kind == ".parquet":
+        file = pq.ParquetFile(table, buffer_size=1 << 20)  # not a group of rows at once
+        known = set(chain(*COLUMNS.values()))
+        wanted = [name for name in file.schema_arrow.names if name in known]
+        for batch in file.iter_batches(IMAGE_CHUNK, columns=wanted or None):
+            yield from batch.to_pylist()
+        return
+    with table.open(encoding="utf-8-sig", newline="\n" if kind == ".txt" else "") as text:
+        lines = ({"caption": line.rstrip("\r\n")} for line in text)
+        delimiter = "\t" if kind == ".tsv" else ","
+        yield from lines if kind == ".txt" else csv.DictReader(text, delimiter=delimiter)
+
+
+def _write_part(
+    subject: EvaSubject, pool: Executor, part: Part, file: Path, made_of: dict[bytes, bytes]
+) -> Iterator[tuple[int, int]]:
+    """Make a part's files; yields the rows of each batch, and how much of the part is done."""
+    for torn in file.parent.glob(f".{escape(file.name)}.*"):  # of a process that was killed
+        torn.unlink()
+    flaws, done, passed = Flaws(), 0, 0
+    vector = pa.list_(pa.float16())  # of one length, which may not be null when read back
+    kinds = {"id": pa.string(), "caption": pa.string(), "image": vector, "text": vector}
+    schema = pa.schema(kinds | {"similarity": pa.float32()}, made_of)
+    with replace_file(file) as beside:
+        with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
+            for rows in _cut(part.rows):
+                writer.write_table(pa.table(_encode(subject, pool, rows, flaws), schema=schema))
+                done += len(rows)
+                if len(flaws) == done >= AT_ONCE:
+                    why = f"{flaws[0][0]}: {flaws[0][1]}"
+                    raise InputError(f"{part.name}: none of {done:,} rows can be encoded ({why})")
+                passed += sum(row.weight for row in rows)
+                yield len(rows), min(passed, part.size)
+        write_atomically(file.with_suffix(_UNREADABLE), json.dumps(flaws) + "\n")
+
+
+def _cut(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    held, size = list[Row](), 0
+    for row in rows:
+        held.append(row)
+        size += len(row.image) if isinstance(row.image, bytes | memoryview) else 0
+        if len(held) == AT_ONCE or size > AT_ONCE_BYTES:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+def _encode(
+    subject: EvaSubject, pool: Executor, rows: Sequence[Row], flaws: Flaws
+) -> dict[str, Any]:
+    """Columns of the rows that can be encoded; `flaws` gets (id, reason) of the others."""
+    good = list[Row]()
+
+    def decode() -> Iterator[Tensor]:
+        images = [row.image for row in rows]
+        loaded = encode_chunks.load_ahead(pool, images, subject.transform, IMAGE_CHUNK)
+        for row, got in zip(rows, loaded, strict=True):
+            if isinstance(got, str):
+                flaws.append((row.id, got))
+            else:
+                good.append(row)
+                yield from () if got is None else [got]
+
+    image = encode_chunks.embed_images(subject, decode())
+    text = torch.full((len(good), subject.config.embed_dim), torch.nan)
+    image = image if len(image) else text.clone()
+    captions = [row.caption for row in good]
+    if told := {place: caption for place, caption in enumerate(captions) if caption is not None}:
+        text[list(told)] = encode_chunks.embed_texts(subject, list(told.values()))
+    return {"id": [row.id for row in good], "caption": captions} | feature_columns(image, text)
