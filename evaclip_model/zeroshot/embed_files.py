@@ -37,15 +37,12 @@ from evaclip_model.zeroshot import encode_chunks
 from evaclip_model.zeroshot.encode_chunks import IMAGE_CHUNK, EvaSubject
 
 PART_ROWS = 4096
-AT_ONCE, AT_ONCE_BYTES = 16 * IMAGE_CHUNK, 1 << 28
-"""Rows in memory at the same time, fewer where their files have more bytes; a part none of whose
-first so many rows can be encoded ends the work. Two chunks of images are held decoded."""
-COLUMNS: Mapping[str, Sequence[str]] = {
-    "id": ("id", "uid", "key"),
-    "image": ("image", "image_path", "path", "filepath", "file_name", "filename"),
-    "caption": ("caption", "text"),
-}
-"""What of a table's row is read from which column, the first that there is."""
+AT_ONCE = 16 * IMAGE_CHUNK
+"""Rows in memory at the same time; of their images two chunks. A part none of whose first so many
+rows can be encoded ends the work."""
+_IMAGES = ("image", "image_path", "path", "filepath", "file_name", "filename")
+COLUMNS = (("id", "uid", "key"), _IMAGES, ("caption", "text"))
+"""Where a table's rows have their id, image and caption: the first that there is of each."""
 TABLES = (".csv", ".tsv", ".parquet", ".txt")
 _MADE_OF, _UNREADABLE = b"evaclip", ".unreadable.json"
 Flaws = list[tuple[str, str]]
@@ -181,10 +178,9 @@ def _read_table(table: Path) -> Iterator[Row]:
     folder, number = Path(os.path.abspath(table.parent)), 0
     try:
         for number, row in enumerate(_read_values(table)):
-            places = [next((n for n in names if n in row), "") for names in COLUMNS.values()]
+            places = [next((n for n in names if n in row), "") for names in COLUMNS]
             if not any(places[1:]):
-                known = ", ".join([*COLUMNS["image"], *COLUMNS["caption"]])
-                has = ", ".join(map(str, row))
+                has, known = ", ".join(map(str, row)), ", ".join(chain(*COLUMNS[1:]))
                 raise InputError(f"{table} has columns {has}: expected one of {known}")
             named, image, caption = map(row.get, places)
             if isinstance(image, Mapping):  # as Hugging Face has them
@@ -197,9 +193,7 @@ def _read_table(table: Path) -> Iterator[Row]:
             elif not image or not isinstance(image, bytes):
                 image = "no_image" if places[1] else None if caption else "no_caption"
             yield Row(str(number if named is None else named), image, caption or None)
-    except InputError:
-        raise
-    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+    except (OSError, UnicodeError, csv.Error, pa.ArrowException) as error:
         why = f"behind row {number}: {shorten_error(error)}"
         raise InputError(f"{table} cannot be read as a table ({why})") from None
 
@@ -208,7 +202,7 @@ def _read_values(table: Path) -> Iterator[Mapping[str, Any]]:
     kind = table.suffix.lower()
     if kind == ".parquet":
         file = pq.ParquetFile(table, buffer_size=1 << 20)  # not a group of rows at once
-        known = set(chain(*COLUMNS.values()))
+        known = set(chain(*COLUMNS))
         wanted = [name for name in file.schema_arrow.names if name in known]
         for batch in file.iter_batches(IMAGE_CHUNK, columns=wanted or None):
             yield from batch.to_pylist()
@@ -225,49 +219,41 @@ def _write_part(
     """Make a part's files; yields the rows of each batch, and how much of the part is done."""
     for torn in file.parent.glob(f".{escape(file.name)}.*"):  # of a process that was killed
         torn.unlink()
-    flaws, done, passed = Flaws(), 0, 0
+    flaws, passed = Flaws(), 0
     vector = pa.list_(pa.float16())  # of one length, which may not be null when read back
     kinds = {"id": pa.string(), "caption": pa.string(), "image": vector, "text": vector}
     schema = pa.schema(kinds | {"similarity": pa.float32()}, made_of)
     with replace_file(file) as beside:
         with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
-            for rows in _cut(part.rows):
-                writer.write_table(pa.table(_encode(subject, pool, rows, flaws), schema=schema))
-                done += len(rows)
-                if len(flaws) == done >= AT_ONCE:
-                    why = f"{flaws[0][0]}: {flaws[0][1]}"
-                    raise InputError(f"{part.name}: none of {done:,} rows can be encoded ({why})")
-                passed += sum(row.weight for row in rows)
-                yield len(rows), min(passed, part.size)
+            for first in part.rows:
+                rows, before = chain([first], islice(part.rows, AT_ONCE - 1)), len(flaws)
+                good, columns = _encode(subject, pool, rows, flaws)
+                writer.write_table(pa.table(columns, schema=schema))
+                passed += sum(row.weight for row in good)
+                if not passed and len(flaws) >= AT_ONCE:
+                    why = f"none of {len(flaws):,} rows can be encoded ({': '.join(flaws[0])})"
+                    raise InputError(f"{part.name}: {why}")
+                yield len(good) + len(flaws) - before, passed
         write_atomically(file.with_suffix(_UNREADABLE), json.dumps(flaws) + "\n")
-
-
-def _cut(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    held, size = list[Row](), 0
-    for row in rows:
-        held.append(row)
-        size += len(row.image) if isinstance(row.image, bytes | memoryview) else 0
-        if len(held) == AT_ONCE or size > AT_ONCE_BYTES:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+    yield 0, part.size
 
 
 def _encode(
-    subject: EvaSubject, pool: Executor, rows: Sequence[Row], flaws: Flaws
-) -> dict[str, Any]:
-    """Columns of the rows that can be encoded; `flaws` gets (id, reason) of the others."""
+    subject: EvaSubject, pool: Executor, rows: Iterator[Row], flaws: Flaws
+) -> tuple[list[Row], dict[str, Any]]:
+    """The rows that can be encoded, without their images, and their columns; `flaws` gets (id,
+    reason) of the others."""
     good = list[Row]()
 
+    def load(row: Row) -> Tensor | str | None:
+        return encode_chunks.load_image(row.image, subject.transform)
+
     def decode() -> Iterator[Tensor]:
-        images = [row.image for row in rows]
-        loaded = encode_chunks.load_ahead(pool, images, subject.transform, IMAGE_CHUNK)
-        for row, got in zip(rows, loaded, strict=True):
+        for row, got in encode_chunks.load_ahead(pool, load, rows, IMAGE_CHUNK):
             if isinstance(got, str):
                 flaws.append((row.id, got))
             else:
-                good.append(row)
+                good.append(row._replace(image=None))
                 yield from () if got is None else [got]
 
     image = encode_chunks.embed_images(subject, decode())
@@ -276,4 +262,5 @@ def _encode(
     captions = [row.caption for row in good]
     if told := {place: caption for place, caption in enumerate(captions) if caption is not None}:
         text[list(told)] = encode_chunks.embed_texts(subject, list(told.values()))
-    return {"id": [row.id for row in good], "caption": captions} | feature_columns(image, text)
+    columns = {"id": [row.id for row in good], "caption": captions}
+    return good, columns | feature_columns(image, text)

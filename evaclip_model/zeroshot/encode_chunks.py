@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -29,6 +29,8 @@ from evaclip_model.reading.transform import image_transform
 from evaclip_model.tokenizer.tokenizer import PAD_TOKEN, tokenize
 from evaclip_model.zeroshot.exact_ranks import normalise_features
 
+T = TypeVar("T")
+Loaded = TypeVar("Loaded")
 IMAGE_CHUNK = 64
 """Images that a model sees at once."""
 TEXT_CHUNK = 32
@@ -189,12 +191,13 @@ def image_features(
     order, fp32 unit vectors [N, E], and why the others could not. `progress` gets the number of
     files done. Raises InputError: none can be read, or features are not finite."""
     parameter, values = next(model.parameters()), list[Tensor]()
+    load = partial(load_image, transform=image_transform(model))
     read: list[Path] = []
     unreadable: dict[Path, str] = {}
 
     def decode(pool: Executor) -> Iterator[Tensor]:
-        loaded = load_ahead(pool, files, image_transform(model), batch_size)
-        for done, (file, image) in enumerate(zip(files, loaded, strict=True), 1):
+        loaded = load_ahead(pool, load, iter(files), batch_size)
+        for done, (file, image) in enumerate(loaded, 1):
             if isinstance(image, Tensor):
                 read.append(file)
                 yield image
@@ -213,11 +216,11 @@ def image_features(
 
 
 def load_ahead(
-    pool: Executor, images: Sequence[Any], transform: Callable[[Image.Image], Tensor], at_once: int
-) -> Iterator[Tensor | str | None]:
-    """What `load_image` makes of each; the next `at_once` are read while some are used."""
-    load = partial(load_image, transform=transform)
-    loading = (pool.map(load, images[at : at + at_once]) for at in range(0, len(images), at_once))
+    pool: Executor, load: Callable[[T], Loaded], items: Iterator[T], at_once: int
+) -> Iterator[tuple[T, Loaded]]:
+    """Items with what `load` makes of each; the next `at_once` are read while some are used."""
+    chunks = iter(lambda: [*islice(items, at_once)], [])
+    loading = (zip(chunk, pool.map(load, chunk), strict=True) for chunk in chunks)
     for loaded, _ in pairwise(chain(loading, [None])):
         yield from loaded or ()
 

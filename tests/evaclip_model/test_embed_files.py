@@ -188,7 +188,7 @@ def test_where_nothing_can_be_encoded_the_work_ends_early(model, tmp_path, monke
     [
         (b"a,b\n1,2\n", "has columns a, b: expected one of image"),
         (b"path\n", "is empty"),
-        (b"path\n\xff\n", r"cannot be read as a table \(behind row 0: .*utf-8"),
+        (b"path\n\xff\n", r"cannot be read as a table \(behind row 0: .*UTF-8"),
         (b"path\n" + b"x" * 200_000, "field larger than field limit"),
     ],
 )

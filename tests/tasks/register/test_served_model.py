@@ -137,22 +137,26 @@ def test_whoever_has_the_model_in_a_process_of_their_own_lifts_the_bound_on_rows
         few.predict(frame("a", "b", "c", column="text"))
 
 
-def test_the_description_scores_a_table_of_images_in_parts_and_goes_on(
+def test_the_description_writes_vectors_as_parquet_in_parts_and_goes_on(
     saved: Path, served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
+    import pyarrow.parquet
 
-    images = [image_bytes()] * 5 + [b"no image"]
-    pandas.DataFrame({"id": range(6), "image": images}).to_parquet(tmp_path / "images.parquet")
+    (tmp_path / "pictures").mkdir()
+    for number, image in enumerate([image_bytes()] * 5 + [b"no image"]):
+        (tmp_path / f"pictures/{number}.png").write_bytes(image)
     (_, after) = version_description("clip", 3).split("    import mlflow", 1)
-    block = after[: after.index("\n\n")].replace("1024", "4")
-    lines = textwrap.dedent(f"    import mlflow{block}")
+    lines = textwrap.dedent(f"    import mlflow{after[: after.index(chr(10) * 2)]}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mlflow.pyfunc, "load_model", lambda uri, **_: served)
+    monkeypatch.setattr("evaclip_model.zeroshot.embed_files.PART_ROWS", 4)
     exec(lines, {})
-    first, second = sorted((tmp_path / "embeddings").iterdir())
-    assert pandas.read_parquet(second).error.isna().tolist() == [True, False]
-    assert pandas.read_parquet(first).id.tolist() == [0, 1, 2, 3]
+    first, second = sorted((tmp_path / "vectors").glob("*.parquet"))
+    assert pyarrow.parquet.read_table(first)["id"].to_pylist() == [f"{n}.png" for n in range(4)]
+    (vector,) = pyarrow.parquet.read_table(second)["image"].to_pylist()
+    embedded = served.predict(frame(image_bytes()), params={"output": "embeddings"})
+    assert vector == pytest.approx(embedded.embedding[0], abs=1e-3)
     second.unlink()
     stamp = first.stat().st_mtime_ns
     exec(lines, {})
