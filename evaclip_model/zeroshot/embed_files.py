@@ -57,7 +57,7 @@ class Row(NamedTuple):
     weight: int = 1  # of its part's size
 
 
-class Part(NamedTuple):
+class Piece(NamedTuple):
     """Rows whose features are one file."""
 
     name: str
@@ -125,10 +125,10 @@ def feature_columns(image: Tensor, text: Tensor) -> dict[str, pa.Array]:
     return columns | {"similarity": pa.array(similarity, pa.float32(), from_pandas=True)}
 
 
-def _list_parts(source: Path) -> Iterator[Part]:
+def _list_parts(source: Path) -> Iterator[Piece]:
     is_file, kind = source.is_file(), source.suffix.lower()
     if is_file and kind == ".tar":
-        yield Part(source.stem, _mark(source), max(1, source.stat().st_size), _read_tar(source))
+        yield Piece(source.stem, _mark(source), max(1, source.stat().st_size), _read_tar(source))
     elif source.is_dir() and (tars := sorted(source.glob("*.tar"))):
         yield from (part for tar in tars for part in _list_parts(tar))
     elif is_file and kind in TABLES:
@@ -137,15 +137,15 @@ def _list_parts(source: Path) -> Iterator[Part]:
             raise InputError(f"{source} is empty: expected rows with an image, a caption or both")
         has_count = kind == ".parquet"
         count = pq.read_metadata(source).num_rows if has_count else 1 + sum(1 for _ in rows)
-        yield from _cut_parts(source.stem, count, _read_table(source), [source])
+        yield from _cut_rows(source.stem, count, _read_table(source), [source])
     else:
         files, root = encode_chunks.image_files(source), source.parent if is_file else source
         rows = (Row(file.relative_to(root).as_posix(), file) for file in files)
         name = source.stem if is_file else os.path.basename(os.path.abspath(source))
-        yield from _cut_parts(name, len(files), rows, files)
+        yield from _cut_rows(name, len(files), rows, files)
 
 
-def _cut_parts(name: str, count: int, rows: Iterator[Row], files: Sequence[Path]) -> Iterator[Part]:
+def _cut_rows(name: str, count: int, rows: Iterator[Row], files: Sequence[Path]) -> Iterator[Piece]:
     """Parts of rows, each from its own file or all from one."""
     numbered = enumerate(rows)
     for start in range(0, count, PART_ROWS):
@@ -154,7 +154,7 @@ def _cut_parts(name: str, count: int, rows: Iterator[Row], files: Sequence[Path]
         size = min(PART_ROWS, count - start)
         mark = [start, *map(_mark, some)]
         mine = (row for _, row in islice(behind, size))
-        yield Part(f"{name}-{start // PART_ROWS:06d}", mark, size, mine)
+        yield Piece(f"{name}-{start // PART_ROWS:06d}", mark, size, mine)
 
 
 def _mark(file: Path) -> list[Any]:
@@ -214,7 +214,7 @@ def _read_values(table: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _write_part(
-    subject: EvaSubject, pool: Executor, part: Part, file: Path, made_of: dict[bytes, bytes]
+    subject: EvaSubject, pool: Executor, part: Piece, file: Path, made_of: dict[bytes, bytes]
 ) -> Iterator[tuple[int, int]]:
     """Make a part's files; yields the rows of each batch, and how much of the part is done."""
     for torn in file.parent.glob(f".{escape(file.name)}.*"):  # of a process that was killed
