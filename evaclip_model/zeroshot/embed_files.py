@@ -57,7 +57,7 @@ class Row(NamedTuple):
     weight: int = 1  # of its part's size
 
 
-class Piece(NamedTuple):
+class Slice(NamedTuple):
     """Rows whose features are one file."""
 
     name: str
@@ -99,7 +99,8 @@ def embed_inputs(
             mark = json.dumps([about.hexdigest(), *part.mark])
             made_of = {_MADE_OF: hashlib.sha256(mark.encode()).hexdigest().encode()}
             file = files[part.name]
-            if not file.exists() or pq.read_schema(file).metadata != made_of:
+            both = file.exists() and file.with_suffix(_UNREADABLE).exists()
+            if not both or pq.read_schema(file).metadata != made_of:
                 todo.append((part, file, made_of))
         with encode_chunks.exact_arithmetic(device), ThreadPoolExecutor(cores, "decode") as pool:
             for at, (part, file, made_of) in enumerate(todo):
@@ -125,10 +126,10 @@ def feature_columns(image: Tensor, text: Tensor) -> dict[str, pa.Array]:
     return columns | {"similarity": pa.array(similarity, pa.float32(), from_pandas=True)}
 
 
-def _list_parts(source: Path) -> Iterator[Piece]:
+def _list_parts(source: Path) -> Iterator[Slice]:
     is_file, kind = source.is_file(), source.suffix.lower()
     if is_file and kind == ".tar":
-        yield Piece(source.stem, _mark(source), max(1, source.stat().st_size), _read_tar(source))
+        yield Slice(source.stem, _mark(source), max(1, source.stat().st_size), _read_tar(source))
     elif source.is_dir() and (tars := sorted(source.glob("*.tar"))):
         yield from (part for tar in tars for part in _list_parts(tar))
     elif is_file and kind in TABLES:
@@ -145,7 +146,7 @@ def _list_parts(source: Path) -> Iterator[Piece]:
         yield from _cut_rows(name, len(files), rows, files)
 
 
-def _cut_rows(name: str, count: int, rows: Iterator[Row], files: Sequence[Path]) -> Iterator[Piece]:
+def _cut_rows(name: str, count: int, rows: Iterator[Row], files: Sequence[Path]) -> Iterator[Slice]:
     """Parts of rows, each from its own file or all from one."""
     numbered = enumerate(rows)
     for start in range(0, count, PART_ROWS):
@@ -154,7 +155,7 @@ def _cut_rows(name: str, count: int, rows: Iterator[Row], files: Sequence[Path])
         size = min(PART_ROWS, count - start)
         mark = [start, *map(_mark, some)]
         mine = (row for _, row in islice(behind, size))
-        yield Piece(f"{name}-{start // PART_ROWS:06d}", mark, size, mine)
+        yield Slice(f"{name}-{start // PART_ROWS:06d}", mark, size, mine)
 
 
 def _mark(file: Path) -> list[Any]:
@@ -214,7 +215,7 @@ def _read_values(table: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _write_part(
-    subject: EvaSubject, pool: Executor, part: Piece, file: Path, made_of: dict[bytes, bytes]
+    subject: EvaSubject, pool: Executor, part: Slice, file: Path, made_of: dict[bytes, bytes]
 ) -> Iterator[tuple[int, int]]:
     """Make a part's files; yields the rows of each batch, and how much of the part is done."""
     for torn in file.parent.glob(f".{escape(file.name)}.*"):  # of a process that was killed
