@@ -186,7 +186,9 @@ def _read_table(table: Path) -> Iterator[Row]:
             named, image, caption = map(row.get, places)
             if isinstance(image, Mapping):  # as Hugging Face has them
                 image = image.get("bytes") or image.get("path")
-            if caption and not isinstance(caption, str):
+            if None in row:  # its commas may part what belongs together
+                image = "wrong_number_of_columns"
+            elif caption and not isinstance(caption, str):
                 image = "caption_not_text"
             elif image and isinstance(image, str):  # the table may be a stranger's
                 path = Path(os.path.abspath(folder / image))

@@ -22,6 +22,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading import image_decoder
 from evaclip_model.reading.samples import BrokenShard, read_samples
 from evaclip_model.weights.checkpoint_files import open_tensors
+from evaclip_model.zeroshot import embed_files
 from flows.config.recipe import load_recipe
 from tasks.download import fetch
 from tasks.download.config import DownloadConfig
@@ -147,6 +148,10 @@ def fuzz_table(data: bytes) -> None:
                 assert row.line > 0
                 for value in row.values.values():
                     assert value is None or value.encode() is not None
+    for name in ("t.csv", "t.tsv", "t.txt", "t.parquet"):
+        with file_of(data, name) as path, suppress(InputError):
+            for part in embed_files._list_parts(path):
+                assert len(list(part.rows)) == part.size
 
 
 class _Answers:
