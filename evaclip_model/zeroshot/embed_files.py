@@ -207,8 +207,9 @@ def _read_values(table: Path) -> Iterator[Mapping[str, Any]]:
         file = pq.ParquetFile(table, buffer_size=1 << 20)  # not a group of rows at once
         known = set(chain(*COLUMNS))
         wanted = [name for name in file.schema_arrow.names if name in known]
-        for batch in file.iter_batches(IMAGE_CHUNK, columns=wanted or None):
-            yield from batch.to_pylist()
+        for group in range(file.num_row_groups):  # each iteration holds all that it has read
+            for batch in file.iter_batches(IMAGE_CHUNK, [group], wanted or None):
+                yield from batch.to_pylist()
         return
     with table.open(encoding="utf-8-sig", newline="\n" if kind == ".txt" else "") as text:
         lines = ({"caption": line.rstrip("\r\n")} for line in text)
