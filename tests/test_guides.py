@@ -181,9 +181,9 @@ def score_images(config: ScoreImagesConfig, verified: Path, out: Path, report: R
     ),
     "flows/graph/graph.py": all_of(
         after(
-            "from tasks.register.config import STAGE as REGISTER\n",
-            "from tasks.score_images.config import STAGE as SCORE_IMAGES\n"
-            "from tasks.score_images.config import ScoreImagesConfig\n",
+            "from tasks.register.config import "
+            "DECISION, DECISION_PAGE, STAGE as REGISTER, RegisterConfig\n",
+            "from tasks.score_images.config import STAGE as SCORE_IMAGES, ScoreImagesConfig\n",
         ),
         replaced(
             "    dataset = dataset_step(site, rules, data, embed, recipe.captions, judged)\n",
