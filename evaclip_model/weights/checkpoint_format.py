@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.weights.tensor_files import StoredTensor, read_safetensors
+from evaclip_model.weights.tensor_files import SLAB_BYTES, StoredTensor, read_safetensors
 
 MANIFEST = "manifest.json"
 VERSION = 2
 """Of the form; a manifest without one is of the first."""
-SLAB_BYTES = 8 << 20
 """Read or written at once."""
 
 

@@ -40,7 +40,7 @@ _WRAPPERS = ("model", "module", "state_dict", "model_state_dict")
 """Keys under which training programs keep the weights beside other state."""
 _LARGEST_INFLATION = 8
 """Of a compressed file, as a multiple of its size; weights hardly shrink."""
-_SLAB_BYTES = 8 << 20
+SLAB_BYTES = 8 << 20
 _DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
 _DTYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
 _DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
@@ -247,7 +247,7 @@ def _on_disk(path: Path, place: int, shape: torch.Size, dtype: torch.dtype) -> S
 
 def _iterate_slabs(path: Path, place: int, count: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """`count` values from byte `place` on, in one buffer that is filled again and again."""
-    largest = min(count, _SLAB_BYTES // dtype.itemsize)
+    largest = min(count, SLAB_BYTES // dtype.itemsize)
     buffer = torch.empty(largest, dtype=dtype)
     with path.open("rb", buffering=0) as file:
         file.seek(place)

@@ -394,10 +394,17 @@ def embed_step(
         from tasks.embed.embed import embed_samples
 
         machine = profile.machine
+        known = [
+            (one.folder, site.root / VERIFY.name / one.parents[Role.DATA])
+            for one in read_artifacts(site.root)
+            if one.kind == EMBED.name and one.parents[Role.SUBJECT] == mark
+            if one.config["precision"] == config.precision
+        ]
         return embed_samples(
             *(config, model, fetch_model(model, profile)),
             *(data.folder, out, report),
             stream=stream,
+            known=known,
             ranks=machine.rank_count,
             device=machine.device,
             workers=machine.workers,

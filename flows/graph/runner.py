@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 from uuid import UUID
 
 from prefect import artifacts, get_run_logger, runtime, task
@@ -195,16 +195,14 @@ def merge_in_chunks(
     )
 
 
-def _is_worth_another_try(task: Any, run: Any, state: Any) -> bool:
-    return not isinstance(state.result(raise_on_failure=False), InputError)
-
-
 @task(
     name="merge-chunk",
     persist_result=False,
     retries=2,
     retry_delay_seconds=5,
-    retry_condition_fn=_is_worth_another_try,
+    retry_condition_fn=lambda task, run, state: (
+        not isinstance(state.result(raise_on_failure=False), InputError)
+    ),
 )
 def merge_chunk(chunk: Chunk) -> list[int]:
     """Some units of one phase; what is finished of them is not done again."""

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from evaclip_model.reading.teacher_features import file_sizes, stream_file
 from evaclip_model.training.config import TrainConfig
 from tasks.artifacts.artifact import Made
 from tasks.embed.config import FEATURES, EmbedConfig
-from tasks.embed.embed_shard import EmbedJob
-from tasks.index.sample_index import ShardVerdict, read_verdicts
+from tasks.embed.embed_shard import EmbedJob, usable_rows
+from tasks.index.sample_index import CHECKED, SampleIndex, ShardVerdict, link_or_copy, read_verdicts
 from tasks.process.launch import RankLaunch, RankState, run_ranks
 from tasks.progress import Report, format_duration
 
@@ -44,6 +44,7 @@ def embed_samples(
     report: Report,
     *,
     stream: TrainConfig | None = None,
+    known: Sequence[tuple[Path, Path]] = (),
     ranks: int = 1,
     device: str = "cpu",
     workers: int | None = None,
@@ -54,16 +55,17 @@ def embed_samples(
 
     The report calls the model `name`, also one that lies elsewhere. `ranks` processes, each with so
     many `workers` that decode, or those of a `launch` over machines take missing files in turn and
-    change no byte of the result: who writes a shard judges it, here they are counted. InputError:
-    the model cannot be opened, its features are not finite, a shard changed, or the ranks die again
-    and again."""
+    change no byte of the result: who writes a shard judges it, here they are counted. Features that
+    equal shards have of this model in a `known` (artifact, verification) are taken over.
+    InputError: the model does not open, features are not finite, a shard changed, the ranks die."""
     stream = stream.fit_to_shards(data / SHARDS) if stream else None
     verdicts = [] if stream else read_verdicts(data)
-    used = [number for number, verdict in enumerate(verdicts) if verdict.shard is not None]
-    sizes = {number: verdicts[number].stored for number in used}
+    used = {number: verdict for number, verdict in enumerate(verdicts) if verdict.shard}
+    sizes = {number: verdict.stored for number, verdict in used.items()}
     sizes = file_sizes(stream, stream.steps) if stream else sizes
     folder, total = out / FEATURES, sum(sizes.values())
     folder.mkdir(parents=True, exist_ok=True)
+    _take_over(known, used, data, folder)
     idle, before = 0, -1
     while missing := sorted(set(sizes) - _list_finished(folder)):
         idle = idle + 1 if len(missing) == before else 0
@@ -93,8 +95,23 @@ def embed_samples(
     if stream:
         return Made({"samples": total}, (), tuple(stream_file(folder, number) for number in sizes))
     files = [folder / f"{number:06d}.parquet" for number in used]
-    counts = _write_report(name, files, [verdicts[number] for number in used], out / REPORT)
+    counts = _write_report(name, files, list(used.values()), out / REPORT)
     return Made(counts, (out / REPORT, *files))
+
+
+def _take_over(
+    known: Sequence[tuple[Path, Path]], used: Mapping[int, ShardVerdict], data: Path, folder: Path
+) -> None:
+    """Link features that others have of the same samples, in the same places of equal shards."""
+    numbers = {verdict.shard.sha256: number for number, verdict in used.items() if verdict.shard}
+    for artifact, verified in (one for one in known if used and (one[1] / CHECKED).exists()):
+        for other, verdict in enumerate(read_verdicts(verified)):
+            file = artifact / FEATURES / f"{other:06d}.parquet"
+            number = numbers.get(verdict.shard.sha256) if verdict.shard else None
+            if number is not None and file.exists():
+                samples = usable_rows(SampleIndex(data), number)
+                if pq.read_table(file, columns=samples.column_names).equals(samples):
+                    link_or_copy(file, folder / f"{number:06d}.parquet")
 
 
 def _list_finished(folder: Path) -> set[int]:

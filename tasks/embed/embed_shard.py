@@ -131,10 +131,8 @@ def _embed_shard(
         return subject.transform(decode_image(image))
 
     assert verdict.shard is not None
-    known = index.rows_of_shard(number, "place", "uid", "flaw")
-    usable = known.filter(known["flaw"].is_null())
-    places = usable["place"].to_numpy()
-    wanted, images, texts = set(places.tolist()), [], []
+    usable = usable_rows(index, number)
+    wanted, images, texts = set(usable["place"].to_pylist()), [], []
     with closing(store.open_shard(verdict.shard)) as reader:
         for start in range(0, verdict.stored, READ_AT_ONCE):
             read = enumerate(reader.read(start, start + READ_AT_ONCE), start)
@@ -144,7 +142,14 @@ def _embed_shard(
                 texts.append(embed_texts(subject, [pair.caption for pair in pairs]))
             count(min(READ_AT_ONCE, verdict.stored - start))
     features = feature_columns(torch.cat(images), torch.cat(texts))
-    return pa.table({"place": pa.array(places, pa.int32()), "uid": usable["uid"], **features})
+    return pa.table({**dict(zip(usable.column_names, usable.columns, strict=True)), **features})
+
+
+def usable_rows(index: SampleIndex, number: int) -> pa.Table:
+    """(place, int32; uid) of a shard's samples without a flaw, in stored order."""
+    known = index.rows_of_shard(number, "place", "uid", "flaw")
+    usable = known.filter(known["flaw"].is_null())
+    return pa.table({"place": usable["place"].cast(pa.int32()), "uid": usable["uid"]})
 
 
 def share_runs(files: Sequence[int], groups: int, rank: int, ranks: int) -> Iterator[Sequence[int]]:

@@ -59,9 +59,7 @@ def open_database(
                 "normalise_host", _host_or_none, text, "VARCHAR", null_handling="special"
             )
             connection.create_function("remove_dot_segments", remove_dot_segments, text, "VARCHAR")
-            connection.create_function(
-                "laion_hash", _laion_hash_column, text, "BIGINT", type="arrow"
-            )
+            connection.create_function("laion_hash", laion_hashes, text, "BIGINT", type="arrow")
             for url in {path.partition("://")[0]: path for path in paths if is_url(path)}.values():
                 connection.register_filesystem(open_filesystem(url))
             yield connection
@@ -130,17 +128,13 @@ def copy_statement(query: str, options: str) -> str:
     return f"COPY ({query}) TO $target (FORMAT parquet, {options})"
 
 
-def laion_hashes(texts: Iterable[str]) -> list[int]:
+def laion_hashes(texts: pa.ChunkedArray) -> pa.Array:
     """LAION's row keys: the first 64 bits of MurmurHash3 (x64, 128 bits, seed 0), signed.
 
     LAION published its safety and watermark scores beside the metadata under this hash of
     `url + caption`, with '' for what is missing.
     """
-    return [mmh3.hash64(text)[0] for text in texts]
-
-
-def _laion_hash_column(texts: pa.ChunkedArray) -> pa.Array:
-    return pa.array(laion_hashes(texts.to_pylist()), pa.int64())
+    return pa.array([mmh3.hash64(text)[0] for text in texts.to_pylist()], pa.int64())
 
 
 def _is_disk_full(error: duckdb.Error) -> bool:

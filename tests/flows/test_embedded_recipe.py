@@ -103,6 +103,22 @@ def test_the_next_retraining_embeds_only_the_shards_that_it_adopts(mine, model, 
     shutil.rmtree(made[1].folder)  # other tests search one artifact
 
 
+def test_equal_shards_of_another_adoption_are_not_embedded_again(mine, model, embedded) -> None:
+    shutil.copytree(mine.folder / "shards", mine.folder / "wider")
+    pack(mine.folder / "wider/new.tar", [stranger(number) for number in range(400, 410)])
+    changes = [f"embed.models=['{model}']", f"adopt.sources.shards.files={mine.folder}/wider"]
+    graph, profile = draw(mine, *changes), Profile(root=mine.root)
+    for step in graph.data_steps[:-1]:
+        made = step.make_artifact(profile, report_nothing)
+    known = {file.stat().st_ino for file in embedded["embed"].folder.glob("features/*")}
+    files = list(made.folder.glob("features/*"))
+    new = [file for file in files if file.stat().st_ino not in known]
+    assert len(files) == len(known) + 1 and [pq.read_metadata(file).num_rows for file in new] == [
+        10
+    ]
+    shutil.rmtree(made.folder)  # other tests search one artifact
+
+
 def test_a_teacher_looks_at_what_a_stage_will_show_once_for_all_its_students(mine, model) -> None:
     asked = (f"train.tune.teacher.models=['{model}']", "train.tune.samples_seen=128")
     graph, profile = draw(mine, *asked), Profile(root=mine.root)

@@ -135,7 +135,9 @@ class Features:
             def progress(done: int, detail: str, before: int = total - left) -> None:
                 report(min(before + done, total), total, detail)
 
-            ranks = min(self.machine.rank_count, max(map(_count_blocks, models)))
+            blocks = [len(one.blocks) for work in models for one in work.images]
+            blocks += [len(work.texts) // IMAGE_BLOCK for work in models]
+            ranks = min(self.machine.rank_count, max(1, *blocks))
             self._run_ranks(job, folder, ranks, progress)
         shutil.rmtree(folder)
         report(total, total)
@@ -230,11 +232,6 @@ class Features:
     def _made_by(self) -> str:
         """Precision, device and version, which decide the last bits of a feature."""
         return f"{self.precision}-{self.machine.device}-torch{metadata.version('torch')}"
-
-
-def _count_blocks(work: ModelWork) -> int:
-    """Blocks of the most work that can be shared out at once."""
-    return max([1, *(len(one.blocks) for one in work.images), len(work.texts) // IMAGE_BLOCK])
 
 
 def do_share(job: EncodeJob, rank: int, ranks: int, say: Callable[[RankState], None]) -> None:
