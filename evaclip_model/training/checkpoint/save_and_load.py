@@ -37,7 +37,6 @@ from evaclip_model.training.config import EMA_FOLDER, MODEL_FOLDER, TrainConfig
 from evaclip_model.training.engine.engine import StateFragment
 from evaclip_model.weights.checkpoint_format import (
     MANIFEST,
-    SLAB_BYTES,
     CheckpointManifest,
     ShardFile,
     StoredPiece,
@@ -54,6 +53,7 @@ from evaclip_model.weights.checkpoint_format import (
     write_shard,
 )
 from evaclip_model.weights.load import save_model
+from evaclip_model.weights.tensor_files import SLAB_BYTES
 
 _log = logging.getLogger(__name__)
 
