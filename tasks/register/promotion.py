@@ -85,12 +85,12 @@ def require_champion(store: TrackingStore, name: str, alias: str) -> Standing | 
         last = _find_last_holder(client, name, alias)
         if last is None:
             _refuse_renamed(client, name)
-            if (model_id := _find_model_in_use(client, name, alias)) is None:
+            if not (logged := _find_logged_models(client, f"{HISTORY_TAG}.{alias}", name)):
                 return None
             raise InputError(
-                f"no version of '{name}' is {alias}, but the logged model {model_id} was, until "
+                f"no version of '{name}' is {alias}, but the logged model {logged[0]} was, until "
                 f"somebody deleted '{name}' in the registry: register it again with `mlflow."
-                f"register_model('models:/{model_id}', '{name}')` and give it the alias with "
+                f"register_model('models:/{logged[0]}', '{name}')` and give it the alias with "
                 f"`python -m flows promote {name}/VERSION`, or begin anew under another "
                 "register.model_name"
             )
@@ -207,7 +207,8 @@ def waits_for(
             return Waiting.NOTHING
         holder = _find_holder(client, name, alias)
         if holder is None and (
-            _find_last_holder(client, name, alias) or _find_model_in_use(client, name, alias)
+            _find_last_holder(client, name, alias)
+            or _find_logged_models(client, f"{HISTORY_TAG}.{alias}", name)
         ):
             return Waiting.STALE  # somebody took the alias away: nothing was compared with its last
     return Waiting.DUE if holder in (decision.champion, version) else Waiting.STALE
@@ -275,15 +276,9 @@ def _find_last_holder(client: MlflowClient, name: str, alias: str) -> int | None
     return int(last) if last and last.isdecimal() else None
 
 
-def _find_model_in_use(client: MlflowClient, name: str, alias: str) -> str | None:
-    """The newest logged model of which a version got the alias: it outlives a registered model that
-    is deleted whole. None where none did."""
-    found = _find_logged_models(client, f"{HISTORY_TAG}.{alias}", name)
-    return found[0] if found else None
-
-
 def _find_logged_models(client: MlflowClient, tag: str, value: str) -> list[str]:
-    """Ids of those with a tag, of every experiment, the newest first."""
+    """Ids of those with a tag, of every experiment, the newest first: they outlive a registered
+    model that is deleted whole."""
     experiments = [one.experiment_id for one in read_all_pages(client.search_experiments)]
     found = client.search_logged_models(experiments, f"tags.`{tag}` = '{value}'")
     return [one.model_id for one in found]

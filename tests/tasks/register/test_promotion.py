@@ -262,7 +262,7 @@ def test_a_model_that_somebody_renamed_is_said_so_and_nothing_is_first_again(
 
 
 def test_a_model_that_somebody_deleted_whole_is_not_begun_anew_without_comparison(
-    store: TrackingStore, tmp_path: Path
+    store: TrackingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registered = register_random_model(store, tmp_path, "whole")
     client = store.client()
@@ -276,7 +276,7 @@ def test_a_model_that_somebody_deleted_whole_is_not_begun_anew_without_compariso
     client.create_model_version("whole", "file:///nothing")
     config = RegisterConfig(model_name="whole")
     assert not carry_out(store, config, 1, FIRST), "it was compared with nothing"
-    mlflow.set_tracking_uri(store.uri)  # what the sentence says
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     again = mlflow.register_model(f"models:/{model_id}", "whole")
     assert promote_version(store, "whole", "champion", int(again.version), "command", "me", "back")
     found = require_champion(store, "whole", "champion")

@@ -99,7 +99,7 @@ def test_rows_of_json_lines_are_texts_and_a_bad_one_costs_itself(tmp_path: Path)
     lines = ['{"a": 1984, "b": null}', "{", "[1]", "[" * 100_000, '{"a": "x\\ud83d"}']
     lines += [json.dumps({"a": {"b": 1}})]
     found = rows(written(tmp_path / "a.jsonl", "\n".join(lines)))
-    assert [row.values.get("a") for row in found if not row.flaw] == ["1984", "x?", '{"b": 1}']
+    assert [row.values.get("a") for row in found if not row.flaw] == ["1984", "x?", None]
     assert [(row.line, row.flaw) for row in found if row.flaw] == [
         (2, "not_json"),
         (3, "not_json"),
