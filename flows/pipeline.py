@@ -203,7 +203,8 @@ def retrain(
             rows = rows_of(merges) + samples
             if rows < min_new_rows:
                 few = f"{rows:,} new rows, {min_new_rows:,} are asked for: they wait"
-                end = few if rows else "nothing new: no row of the new files is new"
+                none = "nothing new: no row of the new files is new and within target_count"
+                end = few if rows else none
                 console.print(end)
                 _publish_news(wanted, news, end)
                 _settle_last(wanted, store, news, promote)

@@ -103,7 +103,7 @@ def fetch_model(spec: str, profile: Profile) -> str:
 
     model = spec.removeprefix(REGISTRY)
     folder = profile.root.resolve() / "cache" / "models" / model.replace("/", "-")
-    return str(pull_model(profile.mlflow_uri, model, folder))
+    return str(pull_model(profile.mlflow_uri, model, folder, places=profile.weight_places))
 
 
 def hash_marks(marks: Iterable[str], between: str = "") -> str:

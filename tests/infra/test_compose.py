@@ -49,6 +49,8 @@ class Team(Site):
     docker: Docker
     settings: dict[str, str]
     shown: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=lambda: [*small_demo(Path("/runs")).overrides])
+    """Of one demo, whose world has one port."""
 
     def type(self, text: str, is_fine: bool = True) -> str:
         """What commands of the page say."""
@@ -197,7 +199,7 @@ def test_mlflow_answers_under_the_name_of_the_proxy_and_to_its_own_pages_alone(t
 
 
 def test_a_trainer_that_is_stopped_and_started_goes_on_to_the_champion(team: Team) -> None:
-    run = team.start_as_the_page_does("pipeline", [*small_demo(team.root).overrides, FIRST])
+    run = team.start_as_the_page_does("pipeline", [*team.overrides, FIRST])
     assert wait_for(lambda: bool(team.list("train/*/metrics.jsonl")), LONG_S), team.state(run)
     done = team.list("*/manifest.json")
     team.type("docker compose stop trainer")
@@ -212,7 +214,8 @@ def test_a_trainer_that_is_stopped_and_started_goes_on_to_the_champion(team: Tea
 
 def test_a_retraining_takes_what_is_new_and_registers_its_model(team: Team) -> None:
     started = time.monotonic()
-    run = team.start_as_the_page_does("retrain", small_demo(team.root).overrides)
+    more = "merge.sources.laion2b.target_count=600"  # 400 of them are there
+    run = team.start_as_the_page_does("retrain", [*team.overrides, more])
     assert team.until_over(run, LONG_S) == "COMPLETED"
     assert len(team.list("download/*/manifest.json")) == 2
     print(f"retraining through the deployment: {time.monotonic() - started:.0f} s")
@@ -248,7 +251,7 @@ def test_what_was_backed_up_is_there_again_after_everything_was_removed(team: Te
     assert ids == {one["id"] for one in deployments}
     pull = f"python -m flows pull evaclip-demo/{champion} /tmp/pulled"
     assert "/tmp/pulled" in team.type(f"docker compose run --rm --no-deps worker {pull}")
-    score = team.start("score", [])
+    score = team.start("score", team.overrides)
     assert team.until_over(score, LONG_S) == "COMPLETED"
 
 
