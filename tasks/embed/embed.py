@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def embed_samples(
     sizes = file_sizes(stream, stream.steps) if stream else sizes
     folder, total = out / FEATURES, sum(sizes.values())
     folder.mkdir(parents=True, exist_ok=True)
-    _take_over(known, used, data, folder)
+    _take_over(known, used, SampleIndex(data), folder)
     idle, before = 0, -1
     while missing := sorted(set(sizes) - _list_finished(folder)):
         idle = idle + 1 if len(missing) == before else 0
@@ -100,18 +100,19 @@ def embed_samples(
 
 
 def _take_over(
-    known: Sequence[tuple[Path, Path]], used: Mapping[int, ShardVerdict], data: Path, folder: Path
+    known: Sequence[tuple[Path, Path]], used: dict[int, ShardVerdict], index: SampleIndex, to: Path
 ) -> None:
     """Link features that others have of the same samples, in the same places of equal shards."""
-    numbers = {verdict.shard.sha256: number for number, verdict in used.items() if verdict.shard}
-    for artifact, verified in (one for one in known if used and (one[1] / CHECKED).exists()):
-        for other, verdict in enumerate(read_verdicts(verified)):
+    missing = set(used) - _list_finished(to)
+    numbers = {one.shard.sha256: n for n, one in used.items() if one.shard and n in missing}
+    for artifact, verified in (one for one in known if (one[1] / CHECKED).exists()):
+        for other, verdict in enumerate(read_verdicts(verified) if numbers else ()):
             file = artifact / FEATURES / f"{other:06d}.parquet"
-            number = numbers.get(verdict.shard.sha256) if verdict.shard else None
-            if number is not None and file.exists():
-                samples = usable_rows(SampleIndex(data), number)
+            sha256 = verdict.shard.sha256 if verdict.shard else ""
+            if sha256 in numbers and file.exists():
+                samples = usable_rows(index, numbers[sha256])
                 if pq.read_table(file, columns=samples.column_names).equals(samples):
-                    link_or_copy(file, folder / f"{number:06d}.parquet")
+                    link_or_copy(file, to / f"{numbers.pop(sha256):06d}.parquet")
 
 
 def _list_finished(folder: Path) -> set[int]:
