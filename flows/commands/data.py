@@ -1,25 +1,21 @@
 """Commands about data: `trace`, `lineage`, `takedown`, `prune`, `sources inspect`. Not here: the
-answers (flows/audit/sample_trace.py, flows/graph/ancestry.py,
-flows/audit/sample_trace.py, flows/audit/leftovers.py, tasks/merge/merge_plan.py)."""
-
-from __future__ import annotations
+answers (flows/audit/sample_trace.py, flows/graph/ancestry.py, flows/audit/leftovers.py,
+tasks/merge/merge_plan.py)."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from rich.table import Table
 from typer import Argument, Option, Typer
 
 from evaclip_model.errors import InputError
-from flows.config.profile import Profile, load_profile
+from flows.config.profile import load_profile
 from flows.reporting.terminal import console, moving_bar
 from tasks.progress import format_bytes
 
 sources = Typer(help="Look at metadata files before they become a source.")
-if TYPE_CHECKING:
-    from tasks.merge.merge_plan import Inspection
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -107,34 +103,36 @@ def lineage(
     ] = None,
 ) -> None:
     """Say what a model was made from, or what was made of a dataset or a source."""
-    profile = load_profile()
-    from tasks.register.model_versions import is_address  # imports mlflow
+    from flows.graph import ancestry  # imports mlflow, as the next ones do
+    from tasks.lineage.lineage_svg import lineage_svg
+    from tasks.register.model_versions import describe_version, find_predecessor, is_address
 
+    profile = load_profile()
     if is_address(what):
-        lines = _lineage_of_model(profile, what, alias, svg)
+        version = describe_version(profile.mlflow_uri, what)
+        before = find_predecessor(profile.mlflow_uri, version, alias)
+        lines = ancestry.version_tree(version, before)
     elif svg is not None:
         raise InputError("--svg draws a model: name it as NAME@ALIAS or NAME/VERSION")
     else:
-        from flows.graph.ancestry import data_trees
-
-        lines = data_trees(profile, what)
+        lines = ancestry.data_trees(profile, what)
     console.print("\n".join(lines), soft_wrap=True)
+    if svg is not None and version.lineage is not None:
+        aliases = "".join(f" @{alias}" for alias in version.aliases)
+        svg.write_text(lineage_svg(version.lineage, f"{version}{aliases}"))
+        console.print(f"\nthe picture is in {svg}", soft_wrap=True)
 
 
 def takedown(
     file: Annotated[Path, Argument(metavar="FILE", help="URLs, uids or SHA-256s, one a line")],
 ) -> None:
     """Make new dataset versions without some samples; name the models that have seen them."""
-    from flows.audit.sample_trace import (  # imports duckdb
-        describe_replacement,
-        describe_unmatched,
-        take_down,
-    )
+    from flows.audit import sample_trace  # imports duckdb
 
     root = load_profile().root.resolve()
-    done = take_down(file, root)
-    lines = [line for one in done for line in describe_replacement(one, root)]
-    lines += describe_unmatched(file, root)
+    done = sample_trace.take_down(file, root)
+    lines = [line for one in done for line in sample_trace.describe_replacement(one, root)]
+    lines += sample_trace.describe_unmatched(file, root)
     end = f'the next run leaves them out with [dataset] takedowns = ["{file}"] in the recipe'
     lines.append(end if done else f"no dataset version under {root} holds any of these samples")
     console.print("\n".join(lines), soft_wrap=True)
@@ -173,41 +171,18 @@ def inspect_source(
 
     if (withdrawn := why_refused(files)) is not None:
         raise InputError(withdrawn)
-    found = inspect_adoptable(files, read)
-    if found is None:
-        _print_metadata(files, inspect_files(files, read))
+    if adoptable := inspect_adoptable(files, read):
+        several, left = f"{adoptable.files:,} files", adoptable.left
+        part = f"{adoptable.read_files:,} of {several}" if adoptable.is_cut_short else "all files"
+        console.print(files, style="bold", end=": ")
+        console.print(f"form '{adoptable.form}', {several}")
+        console.print(f"{left.pairs:,} images with captions in {part}")
+        _print_left_out(left.reasons, left.first)
+        console.print("fit for [[adopt.sources]]" if left.pairs else "no image with a caption")
         return
-    part = f"{found.read_files:,} of {found.files:,}" if found.is_cut_short else "all"
+    found = inspect_files(files, read)
     console.print(files, style="bold", end=": ")
-    console.print(f"form '{found.form}', {found.files:,} files")
-    console.print(f"{found.left.pairs:,} images with captions in {part} files")
-    _print_left_out(found.left.reasons, found.left.first)
-    console.print("fit for [[adopt.sources]]" if found.left.pairs else "no image with a caption")
-
-
-def _lineage_of_model(profile: Profile, what: str, alias: str, svg: Path | None) -> Iterator[str]:
-    from flows.graph.ancestry import version_tree
-    from tasks.lineage.lineage_svg import lineage_svg
-    from tasks.register.model_versions import describe_version, find_predecessor
-
-    version = describe_version(profile.mlflow_uri, what)
-    yield from version_tree(version, find_predecessor(profile.mlflow_uri, version, alias))
-    if svg is not None and version.lineage is not None:
-        aliases = "".join(f" @{alias}" for alias in version.aliases)
-        svg.write_text(lineage_svg(version.lineage, f"{version}{aliases}"))
-        yield f"\nthe picture is in {svg}"
-
-
-def _print_left_out(reasons: Counter[str], first: str) -> None:
-    for reason, count in reasons.most_common():
-        console.print(f"{count:,} would be left out: {reason}")
-    if first:
-        console.print(f"the first is {first}", soft_wrap=True)
-
-
-def _print_metadata(pattern: str, found: Inspection) -> None:
     rows = "" if found.rows is None else f", {found.rows:,} rows"
-    console.print(pattern, style="bold", end=": ")
     console.print(f"{found.files:,} files{rows}")
     console.print(f"columns over {found.read_rows:,} rows of {found.read_files} files:")
     table = Table("column", "type", "plays", "missing", "0 … 1", box=None, pad_edge=False)
@@ -217,6 +192,13 @@ def _print_metadata(pattern: str, found: Inspection) -> None:
     console.print(table)
     _print_left_out(found.bad_lines, found.first_bad_line)
     console.print(found.problem or "fit for a source", style="yellow" if found.problem else None)
+
+
+def _print_left_out(reasons: Counter[str], first: str) -> None:
+    for reason, count in reasons.most_common():
+        console.print(f"{count:,} would be left out: {reason}")
+    if first:
+        console.print(f"the first is {first}", soft_wrap=True)
 
 
 def draw_bars(histogram: Sequence[int]) -> str:

@@ -1,11 +1,9 @@
 """Commands about registered models: `pull`, `promote`, `rollback`. Not here: the registry
 (tasks/register/model_versions.py), how an alias moves (tasks/register/promotion.py)."""
 
-from __future__ import annotations
-
 import getpass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Argument, Option
 
@@ -14,9 +12,6 @@ from evaclip_model.errors import InputError
 from flows.config.profile import load_profile
 from flows.promotion.promotion_events import announce_where_served
 from flows.reporting.terminal import console, moving_bar
-
-if TYPE_CHECKING:
-    from tasks.register.promotion import How
 
 OPENED_BY: dict[Form, str] = {
     "native": "evaclip classify IMAGE LABEL… --model {folder}",
@@ -75,9 +70,9 @@ def promote(
                 f"{alias} all the same"
             )
         before = promotion.champion_of(store, name, alias)
-        how: How = "force" if force else "command"
+        who = getpass.getuser()
         moved = promotion.promote_version(
-            store, name, alias, int(number), how, getpass.getuser(), reason
+            store, name, alias, int(number), "force" if force else "command", who, reason
         )
     if moved:
         announce_where_served(name, int(number), before.version if before else None, alias)

@@ -199,19 +199,14 @@ def load_graph(recipe: str, overrides: Sequence[str]) -> tuple[Recipe, Profile, 
 def draw_graph(recipe: Recipe, root: Path, tracking_uri: str) -> Graph:
     """The graph of `recipe` under `root`; what is not here is noted at the steps that read it."""
     site = Site(root, tracking_uri, demo_step(root, recipe.demo) if recipe.demo else None)
-    data = all_data(site, recipe)
-    start = initialise_step(site, recipe.initialise)
-    return model_steps(site, recipe, data, start, recipe.train, untrained_model(start))
-
-
-def all_data(site: Site, recipe: Recipe) -> Step:
-    """The last step of a recipe's data: what is downloaded, what is adopted, or both joined."""
-    parts = []
+    parts = []  # of the data: what is downloaded, what is adopted
     if recipe.merge_table is not None:
         parts.append(data_steps(site, recipe, merge_step(site, recipe.merge)))
     if recipe.adopt is not None:
         parts.append(verify_step(site, recipe.verify, adopt_step(site, recipe.adopt), Role.ADOPT))
-    return parts[0] if len(parts) == 1 else join_step(site, parts)
+    data = parts[0] if len(parts) == 1 else join_step(site, parts)
+    start = initialise_step(site, recipe.initialise)
+    return model_steps(site, recipe, data, start, recipe.train, untrained_model(start))
 
 
 def data_steps(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:

@@ -13,34 +13,32 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
 import evaclip_model
+from evaclip_model.choices import Form, Precision
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.model.model_config import CONFIG_FILE
 from evaclip_model.tokenizer.bundled_assets import bundle_assets
 from evaclip_model.training.config import MODEL_FOLDER
 from evaclip_model.weights.checkpoint_files import REFERENCE_FILE, WEIGHTS_FILE, Reference
-from tasks.artifacts.artifact import (
-    LINEAGE,
-    MANIFEST,
-    Address,
-    Artifact,
-    Made,
-    lineage_of,
-    sha256_of,
-)
+from tasks.artifacts import artifact
 from tasks.progress import Report, report_nothing
 from tasks.register.config import COPIED, REGISTERED, LargeWeights, RegisterConfig
+from tasks.register.model_versions import list_files, open_registry, resolve_version
 from tasks.register.promotion import DIGEST_TAG, WEIGHTS_TAG
 from tasks.tracking import TrackingStore, find_answer, restore_run
 
@@ -48,19 +46,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
-import logging
-from collections import Counter
-from collections.abc import Sequence
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
-
-from evaclip_model.choices import Form, Precision
-from tasks.register.model_versions import list_files, open_registry, resolve_version
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
-
 
 REQUIREMENTS = (
     *("mlflow", "torch", "safetensors", "pillow"),
@@ -77,15 +62,15 @@ _ROOM: dict[Form, int] = {"native": 1, "open_clip": 2, "timm": 2, "transformers"
 
 def register_model(
     config: RegisterConfig,
-    trained: Artifact,
-    evaluated: Artifact,
+    trained: artifact.Artifact,
+    evaluated: artifact.Artifact,
     store: TrackingStore,
     root: Path,
     out: Path,
     run_id: str | None = None,
     report: Report = report_nothing,
     large: LargeWeights = COPIED,
-) -> Made:
+) -> artifact.Made:
     """Register `trained` under the config's name as a candidate, write `registered.json`.
 
     Args:
@@ -98,11 +83,11 @@ def register_model(
         InputError: the store does not answer, or does not take the weights.
     """
     model, packed, name = trained.folder / MODEL_FOLDER, out / "packed", config.model_name
-    lineage = lineage_of([evaluated, trained], root)
+    lineage = artifact.lineage_of([evaluated, trained], root)
     digests = sorted(lineage.unique_labels().items())
     tags = {
         DIGEST_TAG: trained.digest,
-        WEIGHTS_TAG: sha256_of(model / WEIGHTS_FILE),
+        WEIGHTS_TAG: artifact.sha256_of(model / WEIGHTS_FILE),
         **{f"{DIGEST_TAG}.{label}": digest for label, digest in digests},
         **{f"evaluation.{metric}": f"{value:g}" for metric, value in evaluated.counts.items()},
     }
@@ -137,13 +122,15 @@ def register_model(
         "uri": f"models:/{name}/{version.version}",
         "tracking_uri": store.uri,
     }
-    write_atomically(out / LINEAGE, lineage.to_json())
+    write_atomically(out / artifact.LINEAGE, lineage.to_json())
     write_atomically(out / REGISTERED, json.dumps(registered, indent=1) + "\n")
     report(4, 4, f"{name} version {version.version} is there")
-    return Made({"version": int(version.version)}, (out / REGISTERED, out / LINEAGE))
+    return artifact.Made(
+        {"version": int(version.version)}, (out / REGISTERED, out / artifact.LINEAGE)
+    )
 
 
-def forget_if_gone(address: Address, store: TrackingStore) -> None:
+def forget_if_gone(address: artifact.Address, store: TrackingStore) -> None:
     """Unfinish a registration whose version the registry no longer has, so that it is made again;
     an alias that somebody moved since is left where it is."""
     if address.is_finished:
@@ -151,7 +138,7 @@ def forget_if_gone(address: Address, store: TrackingStore) -> None:
         about = registered["name"], str(registered["version"])
         with store.connect() as client:
             if find_answer(client.get_model_version, *about) is None:
-                (address.folder / MANIFEST).unlink()
+                (address.folder / artifact.MANIFEST).unlink()
 
 
 def _is_same(tags: dict[str, str]) -> str:
@@ -235,7 +222,7 @@ def pack_model(
     for cache in list((packed / "model").rglob("__pycache__")):
         shutil.rmtree(cache)
     if lineage is not None:
-        (packed / "model" / LINEAGE).write_text(lineage)
+        (packed / "model" / artifact.LINEAGE).write_text(lineage)
 
 
 def make_signature() -> ModelSignature:
@@ -444,7 +431,7 @@ def _check_weights(folder: Path, version: ModelVersion) -> None:
     if not expected:
         said = "%s has no checksum in the registry: nothing confirms that these are its weights"
         _log.warning(said, name)
-    elif sha256_of(folder / WEIGHTS_FILE) != expected:
+    elif artifact.sha256_of(folder / WEIGHTS_FILE) != expected:
         raise InputError(
             f"the weights of {name} are not those that were registered (sha256 differs): register "
             "the model again"
