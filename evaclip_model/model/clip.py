@@ -26,22 +26,7 @@ from torch import Tensor, nn
 from evaclip_model.choices import GradCheckpointing
 from evaclip_model.cpu.linear import Linear, is_traced, linear
 from evaclip_model.errors import InputError
-from evaclip_model.model.layers import (
-    AttentionChoice,
-    AttentionKernel,
-    DropPath,
-    GeluMlp,
-    GridRope,
-    SwiGluMlp,
-    TextAttention,
-    TextMlp,
-    VisionAttention,
-    attention_kernel,
-    drop_path_rates,
-    resolved_attention,
-    run_block,
-    to_float32,
-)
+from evaclip_model.model import layers as parts
 from evaclip_model.model.model_config import (
     INITIAL_LOGIT_SCALE,
     ModelConfig,
@@ -74,17 +59,19 @@ class PatchEmbed(nn.Module):
 class VisionBlock(nn.Module):
     """One transformer block, pre-norm or residual post-norm."""
 
-    def __init__(self, config: VisionConfig, kernel: AttentionKernel, drop_path: float) -> None:
+    def __init__(
+        self, config: VisionConfig, kernel: parts.AttentionKernel, drop_path: float
+    ) -> None:
         super().__init__()
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = parts.DropPath(drop_path)
         self.is_post_norm = config.norm_placement == "residual_post"
         self.norm1 = nn.LayerNorm(config.width, eps=NORM_EPS)
-        self.attn = VisionAttention(config, kernel)
+        self.attn = parts.VisionAttention(config, kernel)
         self.norm2 = nn.LayerNorm(config.width, eps=NORM_EPS)
-        self.mlp: SwiGluMlp | GeluMlp = (
-            SwiGluMlp(config.width, config.mlp_width, sub_norm=config.sub_norm)
+        self.mlp: parts.SwiGluMlp | parts.GeluMlp = (
+            parts.SwiGluMlp(config.width, config.mlp_width, sub_norm=config.sub_norm)
             if config.mlp == "swiglu"
-            else GeluMlp(config.width, config.mlp_width)
+            else parts.GeluMlp(config.width, config.mlp_width)
         )
         self.has_layer_scale = config.layer_scale_init is not None
         if config.layer_scale_init is not None:
@@ -118,7 +105,7 @@ class VisionBlock(nn.Module):
 class VisionTower(nn.Module):
     """Images to joint-space features; parameter names are those of the released checkpoints."""
 
-    def __init__(self, config: VisionConfig, embed_dim: int, kernel: AttentionKernel) -> None:
+    def __init__(self, config: VisionConfig, embed_dim: int, kernel: parts.AttentionKernel) -> None:
         super().__init__()
         self.config = config
         self.grad_checkpointing: GradCheckpointing = "none"
@@ -126,13 +113,13 @@ class VisionTower(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.width))
         self.rope = (
-            GridRope(config.grid, config.head_width, config.rope_reference_grid)
+            parts.GridRope(config.grid, config.head_width, config.rope_reference_grid)
             if config.rope_reference_grid is not None
             else None
         )
         self.blocks = nn.ModuleList(
             VisionBlock(config, kernel, rate)
-            for rate in drop_path_rates(config.drop_path, config.layers)
+            for rate in parts.drop_path_rates(config.drop_path, config.layers)
         )
         pools_mean = config.pooling == "mean"
         self.norm, self.fc_norm = (
@@ -165,10 +152,10 @@ class VisionTower(nn.Module):
         *earlier, last = cast(Iterable[VisionBlock], self.blocks)
         passed = [None] * len(self.blocks) if branches is None else branches.unbind(1)
         for block, through in zip(earlier, passed[:-1], strict=True):
-            x = run_block(self.grad_checkpointing, block, x, rope, False, through)
+            x = parts.run_block(self.grad_checkpointing, block, x, rope, False, through)
         # Pooling the class token, nothing else of the last block's output is used.
         first_only = self.config.pooling == "class_token"
-        x = run_block(self.grad_checkpointing, last, x, rope, first_only, passed[-1])
+        x = parts.run_block(self.grad_checkpointing, last, x, rope, first_only, passed[-1])
         pooled = self.fc_norm(self.norm(x).mean(dim=1))
         features: Tensor = self.head(pooled)
         return features
@@ -177,12 +164,12 @@ class VisionTower(nn.Module):
 class TextBlock(nn.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: TextConfig, kernel: AttentionKernel) -> None:
+    def __init__(self, config: TextConfig, kernel: parts.AttentionKernel) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.width)
-        self.attn = TextAttention(config.width, config.heads, kernel=kernel)
+        self.attn = parts.TextAttention(config.width, config.heads, kernel=kernel)
         self.ln_2 = nn.LayerNorm(config.width)
-        self.mlp = TextMlp(config.width)
+        self.mlp = parts.TextMlp(config.width)
 
     def forward(
         self, x: Tensor, groups: Sequence[tuple[int, int]], rows: Tensor | None = None
@@ -199,7 +186,7 @@ class TextBlock(nn.Module):
 class TextTransformer(nn.Module):
     """The stack of blocks, named as in the released checkpoints."""
 
-    def __init__(self, config: TextConfig, kernel: AttentionKernel) -> None:
+    def __init__(self, config: TextConfig, kernel: parts.AttentionKernel) -> None:
         super().__init__()
         self.grad_checkpointing: GradCheckpointing = "none"
         self.resblocks = nn.ModuleList(TextBlock(config, kernel) for _ in range(config.layers))
@@ -208,15 +195,15 @@ class TextTransformer(nn.Module):
         """x [S, T] of captions in `groups` -> [B, T], the tokens at `rows` [B]."""
         *earlier, last = self.resblocks
         for block in earlier:
-            x = run_block(self.grad_checkpointing, block, x, groups)
+            x = parts.run_block(self.grad_checkpointing, block, x, groups)
         # Of the last block's output only the pooled tokens are used.
-        return run_block(self.grad_checkpointing, last, x, groups, rows)
+        return parts.run_block(self.grad_checkpointing, last, x, groups, rows)
 
 
 class TextTower(nn.Module):
     """Tokenised captions to joint-space features."""
 
-    def __init__(self, config: TextConfig, embed_dim: int, kernel: AttentionKernel) -> None:
+    def __init__(self, config: TextConfig, embed_dim: int, kernel: parts.AttentionKernel) -> None:
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
@@ -330,14 +317,14 @@ class EvaClip(nn.Module):
     logits. `kernel` is the attention of both towers.
     """
 
-    def __init__(self, config: ModelConfig, attention: AttentionChoice = "auto") -> None:
+    def __init__(self, config: ModelConfig, attention: parts.AttentionChoice = "auto") -> None:
         """Build with torch's default values (`create_model` gives EVA-CLIP's initial values);
         raises as `layers.attention_kernel`."""
         super().__init__()
         widths = (config.vision.head_width, config.text.width // config.text.heads)
-        self.kernel = attention_kernel(attention, widths)
+        self.kernel = parts.attention_kernel(attention, widths)
         self.config = config
-        self._attention: AttentionChoice = attention
+        self._attention: parts.AttentionChoice = attention
         self.visual = VisionTower(config.vision, config.embed_dim, self.kernel)
         self.text = TextTower(config.text, config.embed_dim, self.kernel)
         self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))
@@ -383,21 +370,23 @@ class EvaClip(nn.Module):
         return (
             self.encode_image(images, normalize=True, kept=kept, branches=branches),
             self.encode_text(tokens, normalize=True),
-            to_float32(self.logit_scale).exp().squeeze(0),
+            parts.to_float32(self.logit_scale).exp().squeeze(0),
         )
 
     def compute_probabilities(self, cosines: Tensor) -> Tensor:
         """Probabilities [N, L], in float32, of L texts for N images whose features have `cosines`:
         of one text among all, or, where there is a bias, of each by itself."""
-        logits = to_float32(self.logit_scale).exp() * to_float32(cosines)
+        logits = parts.to_float32(self.logit_scale).exp() * parts.to_float32(cosines)
         if self.logit_bias is None:
             return logits.softmax(dim=-1)
-        return (logits + to_float32(self.logit_bias)).sigmoid()
+        return (logits + parts.to_float32(self.logit_bias)).sigmoid()
 
     @property
-    def attention(self) -> AttentionChoice:
+    def attention(self) -> parts.AttentionChoice:
         """The attention kernel that runs for images, on the weights' device and in their dtype."""
-        return resolved_attention(self._attention, self.logit_scale.device, self.logit_scale.dtype)
+        return parts.resolved_attention(
+            self._attention, self.logit_scale.device, self.logit_scale.dtype
+        )
 
     def set_grad_checkpointing(self, mode: GradCheckpointing) -> None:
         """Set how much of each block the backward pass computes again: "none"; "selective", all but
@@ -412,7 +401,7 @@ class EvaClip(nn.Module):
         """Chance that a sample skips a branch of the image tower's last block, in training; less
         for earlier blocks. The architecture's own is `config.vision.drop_path`."""
         blocks = list(cast(Iterable[VisionBlock], self.visual.blocks))
-        for block, own in zip(blocks, drop_path_rates(rate, len(blocks)), strict=True):
+        for block, own in zip(blocks, parts.drop_path_rates(rate, len(blocks)), strict=True):
             block.drop_path.rate = own
 
     def compile_blocks(self) -> None:
@@ -436,7 +425,7 @@ def initialise_weights(model: EvaClip) -> None:
     nn.init.normal_(vision.cls_token, std=0.02)
     nn.init.normal_(vision.pos_embed, std=0.02)
     for depth, block in enumerate(cast(Iterable[VisionBlock], vision.blocks), start=1):
-        last = block.mlp.w3 if isinstance(block.mlp, SwiGluMlp) else block.mlp.fc2
+        last = block.mlp.w3 if isinstance(block.mlp, parts.SwiGluMlp) else block.mlp.fc2
         for projection in (block.attn.proj, last):
             projection.weight.div_(math.sqrt(2 * depth))
     vision.head.weight.mul_(1e-3)
@@ -455,4 +444,4 @@ def initialise_weights(model: EvaClip) -> None:
 
 
 def _normalise(features: Tensor) -> Tensor:
-    return F.normalize(to_float32(features), dim=-1)
+    return F.normalize(parts.to_float32(features), dim=-1)

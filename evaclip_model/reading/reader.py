@@ -36,20 +36,10 @@ from torch import Tensor
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
+from evaclip_model.reading import samples as stored_samples
 from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.order import ORDERS, Mixture, Piece
-from evaclip_model.reading.samples import (
-    BrokenShard,
-    Captions,
-    MemberFlaw,
-    SampleReader,
-    Shard,
-    ShardManifest,
-    choose_caption,
-    number_bytes,
-    read_captions,
-)
 from evaclip_model.reading.shard_store import ShardStore
 from evaclip_model.reading.transform import Picture, decode_fast, picture_bytes, train_crop
 from evaclip_model.reading.urls import is_url, resolve_location
@@ -119,9 +109,9 @@ class _Loaded:
 
     image: bytes | memoryview | Picture
     caption: str
-    further: Captions
+    further: stored_samples.Captions
     origin: Origin
-    flaw: MemberFlaw | None
+    flaw: stored_samples.MemberFlaw | None
 
 
 class _Window(NamedTuple):
@@ -150,7 +140,7 @@ class BatchReader:
         self._location = shards
         self._rank, self._ranks = rank, ranks
         self._settings = settings
-        manifest = ShardManifest.read(shards)
+        manifest = stored_samples.ShardManifest.read(shards)
         by_source = manifest.by_source()
         weights = _resolve_weights(by_source, config, shards)
         if config.lanes % ranks:
@@ -250,7 +240,7 @@ class BatchReader:
                 images[place] = image
                 caption = loaded.caption
                 if loaded.further:
-                    caption = choose_caption(
+                    caption = stored_samples.choose_caption(
                         caption, loaded.further, weights, seed=self._config.seed, position=position
                     )
                 captions.append(caption)
@@ -375,33 +365,33 @@ class BatchReader:
             held = self._streams[source, lane] = self._open_stream(shard)
         return held.take_samples(piece.start, piece.stop)
 
-    def _open_stream(self, shard: Shard) -> _ShardStream:
+    def _open_stream(self, shard: stored_samples.Shard) -> _ShardStream:
         has_captions = shard.captions and self._config.caption_weights
         location = resolve_location(self._store.folder, shard.captions)
-        further = read_captions(location) if has_captions else {}
+        further = stored_samples.read_captions(location) if has_captions else {}
         return _ShardStream(shard, self._store.open_shard(shard), further)
 
 
 class _ShardStream(NamedTuple):
     """A shard read front to back, once, in parts."""
 
-    shard: Shard
-    samples: SampleReader
-    captions: Mapping[str, Captions]
+    shard: stored_samples.Shard
+    samples: stored_samples.SampleReader
+    captions: Mapping[str, stored_samples.Captions]
 
     def take_samples(self, start: int, stop: int) -> list[_Loaded]:
         """Samples `start` to `stop` (exclusive), skipping those before; raises InputError."""
         path = self.shard.path
         try:
             taken = self.samples.read(start, stop)
-        except BrokenShard as error:
+        except stored_samples.BrokenShard as error:
             raise InputError(f"{error}; verify the shards again") from error
         if len(taken) < stop - start:
             raise InputError(
                 f"{path} ends before sample {stop} of {self.shard.samples}: verify the shards again"
             )
         further = (self.captions.get(one.key, {}) for one in taken)
-        origins = (Origin(path, one.key, number_bytes(one.image)) for one in taken)
+        origins = (Origin(path, one.key, stored_samples.number_bytes(one.image)) for one in taken)
         return [
             _Loaded(one.image, one.caption, captions, origin, one.flaw)
             for one, captions, origin in zip(taken, further, origins, strict=True)
@@ -412,7 +402,9 @@ class _ShardStream(NamedTuple):
 
 
 def _resolve_weights(
-    by_source: Mapping[str, Sequence[Shard]], config: SamplingConfig, shards: Path | str
+    by_source: Mapping[str, Sequence[stored_samples.Shard]],
+    config: SamplingConfig,
+    shards: Path | str,
 ) -> dict[str, float]:
     """Share of each source that is drawn, in the order of the sources' names."""
     weights = config.source_weights or {

@@ -49,16 +49,7 @@ from evaclip_model.training.config import (
 )
 from evaclip_model.training.engine.engine import DeepSpeedEngine, Engine, TorchEngine
 from evaclip_model.training.loss.objective import make_objective
-from evaclip_model.training.monitoring import metrics, validation
-from evaclip_model.training.monitoring.guards import (
-    GuardState,
-    Observed,
-    StepVerdict,
-    Watchdog,
-    describe_samples,
-    judge_step,
-    name_culprits,
-)
+from evaclip_model.training.monitoring import guards as step_guards, metrics, validation
 from evaclip_model.training.monitoring.self_test import self_test
 from evaclip_model.training.optimizer.optimizer import lr_factor
 from evaclip_model.weights.checkpoint_format import TrainingProgress
@@ -99,7 +90,7 @@ class LoopState:
     data_step: int = 0
     """Number of the reader's next batch."""
     skipped_steps: int = 0
-    guards: GuardState = field(default_factory=GuardState)
+    guards: step_guards.GuardState = field(default_factory=step_guards.GuardState)
 
     @classmethod
     def from_progress(cls, progress: TrainingProgress) -> Self:
@@ -212,7 +203,7 @@ class TrainingRun:
     def run(self) -> Mapping[str, Any]:
         """Resume, train and finish; returns the content of `result.json`."""
         job, kept = self._job, self._config.checkpoints
-        self._watchdog = Watchdog(job.run_dir, self._rank.number, job.watchdog_s)
+        self._watchdog = step_guards.Watchdog(job.run_dir, self._rank.number, job.watchdog_s)
         with self._watchdog, ExitStack() as held:
             writer = CheckpointWriter(self._checkpoints, kept.keep, kept.keep_every_steps)
             self._writer = held.enter_context(writer)
@@ -248,7 +239,7 @@ class TrainingRun:
                 self._watchdog.report_step(step)
                 if stats.save_failed:
                     self._writer.wait_for_save()
-                if verdict is StepVerdict.ROLL_BACK or step == config.steps:
+                if verdict is step_guards.StepVerdict.ROLL_BACK or step == config.steps:
                     return
                 if stats.stop or step % config.checkpoint_every_steps == 0:
                     self._save_checkpoint()
@@ -259,24 +250,26 @@ class TrainingRun:
 
     def train_step(
         self, batch: Batch, watch: metrics.Stopwatch, save_s: float
-    ) -> tuple[StepVerdict, metrics.RankStats]:
+    ) -> tuple[step_guards.StepVerdict, metrics.RankStats]:
         """Take a step, or do not; afterwards the state is that before the next one. `watch` was
         asked last before the batch was waited for; the checkpoint before took `save_s` seconds."""
         config, before, rank = self._config, self._state, self._rank
         gradient = rank.compute_gradient(
             batch, before.step, watch, save_failed=self._writer.has_failed()
         )
-        judged, guards = judge_step(before.guards, self._observe_step(batch, gradient), config)
+        judged, guards = step_guards.judge_step(
+            before.guards, self._observe_step(batch, gradient), config
+        )
         if judged.reason and self._leads:
             _log.warning("%s", judged.reason)
         factor = lr_factor(before.step, config.warmup_steps, config.steps, config.schedule)
         stepped = None
-        if judged.verdict is StepVerdict.TAKE:
+        if judged.verdict is step_guards.StepVerdict.TAKE:
             self._writer.wait_for_copy()
             stepped = rank.engine.step(factor)
         else:
             rank.engine.discard_gradient()
-        if judged.verdict is StepVerdict.ROLL_BACK:
+        if judged.verdict is step_guards.StepVerdict.ROLL_BACK:
             self._roll_back(before.data_step, guards.rollbacks)
             return judged.verdict, gradient.stats
         self._state = LoopState(
@@ -310,22 +303,22 @@ class TrainingRun:
         watch.take_lap()  # neither validation, the probe nor the log belongs to the next step
         return judged.verdict, gradient.stats
 
-    def _observe_step(self, batch: Batch, gradient: metrics.Gradient) -> Observed:
+    def _observe_step(self, batch: Batch, gradient: metrics.Gradient) -> step_guards.Observed:
         """The guards' view of a step; of one without numbers, also whose fault that is."""
         loss, bad_ranks = gradient.stats.means["loss"], gradient.stats.bad_ranks
         step, number = self._state.step + 1, self._rank.number
-        seen = Observed(step, loss, gradient.norms["total"], finite=not bad_ranks)
+        seen = step_guards.Observed(step, loss, gradient.norms["total"], finite=not bad_ranks)
         if seen.has_numbers(self._config):
             return seen
         is_suspect = number in bad_ranks or not bad_ranks
         rows = gradient.terms.finite_rows
-        own = describe_samples(number, batch, rows) if is_suspect else None
+        own = step_guards.describe_samples(number, batch, rows) if is_suspect else None
         suspects = [found for found in Peers.every_rank().gather_values(own) if found is not None]
         if self._leads:
             norms = {tower: str(norm) for tower, norm in gradient.norms.items()}  # JSON has no NaN
             figures = {"step": step, "loss": str(loss), "grad_norms": norms, "ranks": suspects}
             write_json(self._job.run_dir / f"nonfinite-{step:08d}.json", figures)
-        return seen._replace(culprits=name_culprits(suspects))
+        return seen._replace(culprits=step_guards.name_culprits(suspects))
 
     def _roll_back(self, spiked: int, rollbacks: int) -> None:
         """Take up the newest checkpoint, past the data of the batch that spiked; `rollbacks` so

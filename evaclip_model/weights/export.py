@@ -22,14 +22,8 @@ from evaclip_model.model.model_config import (
     VisionConfig,
 )
 from evaclip_model.reading.transform import MEAN, STD
+from evaclip_model.weights import load as loading
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
-from evaclip_model.weights.load import (
-    released_tensors,
-    save_model,
-    save_weights,
-    unwrap_model,
-    write_weights,
-)
 from evaclip_model.weights.name_maps import foreign_names
 
 ONNX_OPSET = 20
@@ -68,21 +62,21 @@ def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path
     (path.parent if is_file else path).mkdir(parents=True, exist_ok=True)
     if as_ == "native":
         if is_file:
-            save_weights(model, path)
+            loading.save_weights(model, path)
             return (path,)
-        save_model(model, path)
+        loading.save_model(model, path)
         return path / WEIGHTS_FILE, path / CONFIG_FILE
-    inside = unwrap_model(model)
+    inside = loading.unwrap_model(model)
     if as_ in ("open_clip", "timm"):
         _require_timm(inside.config.vision, as_)
     names = _OPEN_CLIP_FILES if as_ == "open_clip" else (WEIGHTS_FILE, CONFIG_FILE)
     weights_path = path if is_file else path / names[0]
-    released = released_tensors(model)
+    released = loading.released_tensors(model)
     tensors: dict[str, Tensor] = {}
     for entry in foreign_names(released, as_):
         tensors |= entry.split_native(released[entry.native])
     if tensors:
-        write_weights(tensors, weights_path)
+        loading.write_weights(tensors, weights_path)
     makers = {"timm": _timm_config, "transformers": _transformers_config}
     config = makers.get(as_, _open_clip_config)(inside) if tensors and not is_file else None
     if config is None:
@@ -133,9 +127,9 @@ def export_onnx(model: nn.Module, folder: str | Path) -> tuple[Path, ...]:
 def _plain_twin(model: nn.Module) -> EvaClip:
     """The model in float32 on the CPU with kernels that can be recorded; weights are shared."""
     with torch.device("meta"):
-        twin = EvaClip(unwrap_model(model).config, "sdpa")
+        twin = EvaClip(loading.unwrap_model(model).config, "sdpa")
     twin = twin.to_empty(device="cpu")  # tables are computed; weights' memory is never touched
-    weights = {name: value.cpu().float() for name, value in released_tensors(model).items()}
+    weights = {name: value.cpu().float() for name, value in loading.released_tensors(model).items()}
     if not weights:
         raise InputError("ONNX graphs are written from a whole model: save_model it first")
     weights |= {name: weights[name].reshape(1) for name in SCALARS if name in weights}

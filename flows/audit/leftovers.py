@@ -22,15 +22,7 @@ from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from flows.config.profile import Profile
 from flows.graph.outside_data import hash_marks
 from tasks.adopt.config import STAGE as ADOPT
-from tasks.artifacts.artifact import (
-    MANIFEST,
-    PRUNED,
-    ROOT_LOCK,
-    Artifact,
-    Role,
-    read_artifacts,
-    walk_up,
-)
+from tasks.artifacts import artifact as stored
 from tasks.dataset.config import STAGE as DATASET
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.embed.config import STAGE as EMBED, TEACH
@@ -72,34 +64,34 @@ class Leftover(NamedTuple):
 @dataclass(frozen=True)
 class _Root:
     profile: Profile
-    artifacts: Sequence[Artifact]
+    artifacts: Sequence[stored.Artifact]
 
     @cached_property
-    def by_digest(self) -> dict[str, Artifact]:
+    def by_digest(self) -> dict[str, stored.Artifact]:
         return {one.digest: one for one in self.artifacts}
 
-    def of_kind(self, kind: str) -> list[Artifact]:
+    def of_kind(self, kind: str) -> list[stored.Artifact]:
         return [one for one in self.artifacts if one.kind == kind]
 
-    def ancestors(self, heads: Sequence[Artifact]) -> Mapping[str, Artifact]:
-        return walk_up(heads, self.by_digest.get)
+    def ancestors(self, heads: Sequence[stored.Artifact]) -> Mapping[str, stored.Artifact]:
+        return stored.walk_up(heads, self.by_digest.get)
 
     @cached_property
-    def named(self) -> Mapping[str, Artifact]:
+    def named(self) -> Mapping[str, stored.Artifact]:
         """The artifacts that dataset versions are made of."""
         return self.ancestors(self.of_kind(DATASET.name))
 
     @cached_property
     def waiting(self) -> set[str]:
         """Digests of merges and adoptions that the next retraining takes up."""
-        begun = (one for one in self.artifacts if Role.GIVEN in one.parents)
+        begun = (one for one in self.artifacts if stored.Role.GIVEN in one.parents)
         return {one.digest for one in begun if one.digest not in self.named}
 
 
 def find_leftovers(profile: Profile, days: float) -> list[Leftover]:
     """Return what may go, ahead of what it is made of; what changed in the last `days` stays."""
     folder = profile.root.resolve()
-    root = _Root(profile, read_artifacts(folder))
+    root = _Root(profile, stored.read_artifacts(folder))
     again = [Leftover(path, "can be made again") for one in MADE_AGAIN for path in folder.glob(one)]
     found = [*_old_trainings(root), *_unnamed_data(root), *_half_made(folder, root), *again]
     leftovers = [
@@ -115,7 +107,7 @@ def find_leftovers(profile: Profile, days: float) -> list[Leftover]:
 
 def remove_leftovers(root: Path, found: Sequence[Leftover], report: Report) -> None:
     """Remove what was found; a kill at any moment leaves every artifact whole or gone."""
-    lock = lock_file(root / ROOT_LOCK)
+    lock = lock_file(root / stored.ROOT_LOCK)
     if lock is None:
         raise InputError(f"a flow is running under {root}: prune when it is over")
     with lock:
@@ -124,9 +116,9 @@ def remove_leftovers(root: Path, found: Sequence[Leftover], report: Report) -> N
             report(done, total, str(one.path.relative_to(root)))
             done += one.bytes
             if one.is_manifest_kept:
-                (one.path / MANIFEST).rename(one.path / PRUNED)
+                (one.path / stored.MANIFEST).rename(one.path / stored.PRUNED)
             for path in [*one.path.iterdir()] if one.is_manifest_kept else [one.path]:
-                if path.name != PRUNED:
+                if path.name != stored.PRUNED:
                     _remove_tree(path, root / REMOVED)
 
 
@@ -154,21 +146,21 @@ def _old_trainings(root: _Root) -> Iterator[Leftover]:
     needed = root.ancestors([one for one in registered if not unneeded[one.digest]])
     for one in registered:
         for above in root.ancestors([one]).values():
-            is_there = (above.folder / MANIFEST).exists()
+            is_there = (above.folder / stored.MANIFEST).exists()
             if above.kind in MODELS and above.digest not in needed and is_there:
                 yield Leftover(above.folder, unneeded[one.digest], is_manifest_kept=True)
 
 
-def _why_unneeded(registered: Artifact, root: _Root) -> str:
+def _why_unneeded(registered: stored.Artifact, root: _Root) -> str:
     """Return why nobody needs the training of a registration; empty where somebody may."""
     name, version = registered.config["model_name"], int(registered.counts["version"])
-    alias, digest = registered.config["alias"], registered.parents[Role.TRAINED]
+    alias, digest = registered.config["alias"], registered.parents[stored.Role.TRAINED]
     store = TrackingStore.at(root.profile.mlflow_uri, "")
     standings, champion = read_standings(store, name), champion_of(store, name, alias)
     if champion is None:
         return ""  # somebody renamed it, or deleted what a run would register again
     standing = standings.get(version)
-    if standing is None and registered.parents[Role.TRACKING] == hash_marks([store.uri]):
+    if standing is None and registered.parents[stored.Role.TRACKING] == hash_marks([store.uri]):
         return f"{name}/{version} was deleted in the registry"
     if standing is None or standing.digest != digest:
         return ""  # in another registry
@@ -186,7 +178,7 @@ def _why_unneeded(registered: Artifact, root: _Root) -> str:
 def _unnamed_data(root: _Root) -> Iterator[Leftover]:
     for one in reversed(root.artifacts):
         # Features are of use while their samples are: `find` and the next version read them.
-        of = one.parents[Role.DATA] if one.kind == EMBED.name else one.digest
+        of = one.parents[stored.Role.DATA] if one.kind == EMBED.name else one.digest
         if one.kind not in DATA or of in root.named:
             continue
         if root.waiting.isdisjoint(root.ancestors([one])):
@@ -195,7 +187,7 @@ def _unnamed_data(root: _Root) -> Iterator[Leftover]:
 
 def _half_made(folder: Path, root: _Root) -> Iterator[Leftover]:
     for path in (path for stage in STAGES for path in folder.glob(f"{stage}/*")):
-        is_made = (path / MANIFEST).exists() or (path / PRUNED).exists()
+        is_made = (path / stored.MANIFEST).exists() or (path / stored.PRUNED).exists()
         is_taken_up = path.parent.name == DOWNLOAD.name and root.waiting
         if _DIGEST.fullmatch(path.name) and not is_made and not is_taken_up:
             yield Leftover(path, "half-made")

@@ -18,18 +18,8 @@ from pathlib import Path
 
 from evaclip_model.errors import InputError
 from flows.config.recipe import Recipe
+from flows.graph import graph as steps
 from flows.graph.ancestry import ancestors_of, data_of, parent_of, parts_of
-from flows.graph.graph import (
-    Beside,
-    Graph,
-    adopt_step,
-    embed_step,
-    initialise_step,
-    join_step,
-    merge_step,
-    model_steps,
-    untrained_model,
-)
 from flows.graph.outside_data import find_files, hash_marks
 from flows.graph.step import Input, Step
 from tasks.adopt.config import STAGE as ADOPT
@@ -102,7 +92,9 @@ def rows_of(begun: Iterable[Artifact]) -> int:
     return sum(int(one.counts["selected" if one.kind == MERGE.name else "shards"]) for one in begun)
 
 
-def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejected: bool) -> News:
+def find_new_data(
+    recipe: Recipe, graph: steps.Graph, store: TrackingStore, keep_rejected: bool
+) -> News:
     """Compare the metadata there is with that of every attempt so far."""
     root, name = graph.site.root, recipe.registry.model_name
     artifacts = read_artifacts(root)
@@ -142,7 +134,7 @@ def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejec
     return News(champion, start, last, used, set_aside, known, waiting, files, judged)
 
 
-def new_adopt_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
+def new_adopt_step(recipe: Recipe, graph: steps.Graph, news: News) -> Step | None:
     """The adoption of what is new; None if there is no new file."""
     config, name = recipe.adopt, recipe.registry.model_name
     sources = [one for one in config.sources if one.name in news.files] if config else []
@@ -150,10 +142,10 @@ def new_adopt_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
         return None
     given = of_kind(ADOPT, news.known)
     changed = config.model_copy(update={"sources": tuple(sources)})
-    return adopt_step(graph.site, changed, given, {Role.GIVEN: _mark_given(name, given)})
+    return steps.adopt_step(graph.site, changed, given, {Role.GIVEN: _mark_given(name, given)})
 
 
-def new_merge_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
+def new_merge_step(recipe: Recipe, graph: steps.Graph, news: News) -> Step | None:
     """The merge of what is new; None if no source takes any more rows."""
     sources, given = [], of_kind(MERGE, news.known)
     for source in recipe.merge.sources if recipe.merge_table else ():
@@ -179,28 +171,28 @@ def new_merge_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
         if dot and name in {*files, "blocklists", "balance"}:
             inputs[role] = mark
     inputs[Role.GIVEN] = _mark_given(recipe.registry.model_name, given)
-    return merge_step(graph.site, config, inputs, files, given)
+    return steps.merge_step(graph.site, config, inputs, files, given)
 
 
 def draw_retraining(
     recipe: Recipe,
-    graph: Graph,
+    graph: steps.Graph,
     news: News,
     verified: Sequence[Step | Artifact],
-    champion: Beside | None,
-) -> Graph:
+    champion: steps.Beside | None,
+) -> steps.Graph:
     """The recipe's graph with the `verified` data and another beginning; without a champion the
     model is evaluated beside what it starts from."""
-    data = join_step(graph.site, verified) if len(verified) > 1 else verified[0]
+    data = steps.join_step(graph.site, verified) if len(verified) > 1 else verified[0]
     judged = _judge_parts(recipe, graph, news, verified) if recipe.retrain.asks_scores else ()
-    first = initialise_step(graph.site, recipe.initialise)
+    first = steps.initialise_step(graph.site, recipe.initialise)
     stages = recipe.retraining_stages() if news.start else recipe.train
-    beside = champion or untrained_model(first)
-    return model_steps(graph.site, recipe, data, news.start or first, stages, beside, judged)
+    beside = champion or steps.untrained_model(first)
+    return steps.model_steps(graph.site, recipe, data, news.start or first, stages, beside, judged)
 
 
 def _judge_parts(
-    recipe: Recipe, graph: Graph, news: News, verified: Sequence[Step | Artifact]
+    recipe: Recipe, graph: steps.Graph, news: News, verified: Sequence[Step | Artifact]
 ) -> list[Step | Artifact | None]:
     """A champion's features of every part, the present one's of what is new; None of what was
     trained on without a judgement. Empty where nobody judges anything."""
@@ -209,7 +201,7 @@ def _judge_parts(
         judge: Step | Artifact | None = news.judged.get(part.digest)
         if judge is None and news.champion and part.digest not in used:
             spec = f"{REGISTRY}{recipe.registry.model_name}/{news.champion.version}"
-            judge = embed_step(graph.site, EmbedConfig(models=(spec,)), spec, part)
+            judge = steps.embed_step(graph.site, EmbedConfig(models=(spec,)), spec, part)
         found.append(judge)
     return found if any(found) else []
 
@@ -240,7 +232,7 @@ def describe_new_data(news: News, recipe: Recipe) -> Iterator[str]:
 
 
 def _find_attempts(
-    graph: Graph, name: str, artifacts: Sequence[Artifact], standings: Mapping[int, Standing]
+    graph: steps.Graph, name: str, artifacts: Sequence[Artifact], standings: Mapping[int, Standing]
 ) -> list[Attempt]:
     """Every registration under the model's name in this registry, by version. The digests on the
     versions tell: one database has many addresses (moved, behind a server, by another host name).
@@ -323,7 +315,7 @@ def _sort_out_parts(
     return tuple(ordered), tuple(dict.fromkeys(aside.values()))
 
 
-def _new_files(recipe: Recipe, graph: Graph, known: Sequence[Artifact]) -> dict[str, Found]:
+def _new_files(recipe: Recipe, graph: steps.Graph, known: Sequence[Artifact]) -> dict[str, Found]:
     """Source -> files whose content no merge has read and no adoption has taken."""
     seen: defaultdict[str, set[str]] = defaultdict(set)
     for name, marks in (one for begun in known for one in read_inputs(begun.folder).items()):

@@ -29,14 +29,7 @@ from evaclip_model.reading.samples import (
     append_tombstones,
 )
 from tasks.artifacts.artifact import CARD, Artifact, Made
-from tasks.dataset.choose import (
-    Choice,
-    LeftOutReason,
-    Rows,
-    choose_samples,
-    find_held_out,
-    leave_out_low_scores,
-)
+from tasks.dataset import choose as choosing
 from tasks.dataset.config import (
     CAPTIONS,
     LEFT_OUT,
@@ -69,7 +62,7 @@ class Takedowns:
     """Samples that may be used no longer."""
 
     entries: tuple[str, ...] = ()
-    find: Callable[[SampleIndex], Rows] | None = None
+    find: Callable[[SampleIndex], choosing.Rows] | None = None
     """Finds their rows, apart from those that `before` leaves out already."""
     before: Path | None = None
     """Folder of a version of the same data by the same rules that obeys none or some of these
@@ -97,9 +90,9 @@ def make_dataset(
     verdicts = read_verdicts(verified)
     report(0, 3, f"{index.rows:,} samples")
     if (taken_over := takedowns.before or base) is not None:
-        choice = Choice.from_table(index.rows, pq.read_table(taken_over / LEFT_OUT))
+        choice = choosing.Choice.from_table(index.rows, pq.read_table(taken_over / LEFT_OUT))
     else:
-        choice = choose_samples(index, verdicts, config, outside)
+        choice = choosing.choose_samples(index, verdicts, config, outside)
         if config.asks_features and seen is not None:
             from tasks.dataset.semantic import leave_out_near  # imports torch
 
@@ -108,10 +101,10 @@ def make_dataset(
     if takedowns.before is not None:
         scored = json.loads((takedowns.before / REPORT).read_text()).get("scores", {})
     elif seen is not None:
-        scored = leave_out_low_scores(choice, index, verdicts, config, seen)
+        scored = choosing.leave_out_low_scores(choice, index, verdicts, config, seen)
     report(1, 3, "takedowns")
     if takedowns.find is not None:
-        choice.leave_out(takedowns.find(index), LeftOutReason.TAKEDOWN)
+        choice.leave_out(takedowns.find(index), choosing.LeftOutReason.TAKEDOWN)
     shutil.rmtree(out / CAPTIONS, ignore_errors=True)
     captions: dict[str, dict[str, int]] = {}
     if takedowns.before is not None and (takedowns.before / CAPTIONS).is_dir():
@@ -120,7 +113,7 @@ def make_dataset(
     elif outside.captions:
         captions = write_sidecars(index, outside.captions, out, report)
     report(2, 3, "manifest")
-    held_out = find_held_out(index, config.validation_share) & ~choice.left_out
+    held_out = choosing.find_held_out(index, config.validation_share) & ~choice.left_out
     with (out / TOMBSTONES).open("wb") as bits:
         keep_shards = partial(_keep_shards, verdicts, verified, choice, bits)
         shards, by_source = keep_shards(choice.left_out | held_out)
@@ -157,7 +150,7 @@ def make_dataset(
 def _keep_shards(
     verdicts: Sequence[ShardVerdict],
     verified: Path,
-    choice: Choice,
+    choice: choosing.Choice,
     bits: BinaryIO,
     hidden: npt.NDArray[np.bool_],
 ) -> tuple[tuple[Shard, ...], dict[str, dict[str, int]]]:
@@ -202,7 +195,7 @@ def _never_packed(ancestors: Sequence[Artifact]) -> Counter[str]:
 def _count_samples(
     rows: int,
     shards: Sequence[Shard],
-    choice: Choice,
+    choice: choosing.Choice,
     by_source: Mapping[str, Mapping[str, int]],
     held_out: int,
 ) -> dict[str, int | float]:

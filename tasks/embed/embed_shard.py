@@ -33,20 +33,13 @@ from evaclip_model.reading.teacher_features import split_stream, stream_file
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import pair_flops, peak_flops
 from evaclip_model.training.training_step import vary_caption
+from evaclip_model.zeroshot import encode_chunks as encoding
 from evaclip_model.zeroshot.embed_files import feature_columns
-from evaclip_model.zeroshot.encode_chunks import (
-    IMAGE_CHUNK,
-    EvaSubject,
-    Subject,
-    embed_images,
-    embed_texts,
-    exact_arithmetic,
-)
 from tasks.encoders.open_models import count_workers, device_of, open_subject
 from tasks.index.sample_index import SampleIndex, ShardVerdict, read_verdicts
 from tasks.process.launch import RankState, run_share, say_state
 
-READ_AT_ONCE = 16 * IMAGE_CHUNK
+READ_AT_ONCE = 16 * encoding.IMAGE_CHUNK
 """Samples in memory at the same time."""
 CACHE_BYTES = 8 << 30
 """Room for shards that lie at URLs."""
@@ -79,7 +72,7 @@ def embed_share(
     device, workers = device_of(job.device, rank), count_workers(job.workers, job.device)
     cache = job.folder.parent / f".cache-{rank}"
     with (
-        exact_arithmetic(job.device),
+        encoding.exact_arithmetic(job.device),
         ThreadPoolExecutor(workers, "decode") if workers else nullcontext() as pool,
     ):
         subject = open_subject(job.model, device=device, precision=job.precision)
@@ -105,18 +98,18 @@ def embed_share(
                     pq.write_table(table, beside, compression="zstd")
 
 
-def seconds_at_peak(subject: Subject, device: str) -> float | None:
+def seconds_at_peak(subject: encoding.Subject, device: str) -> float | None:
     """Seconds that a pair would take if the device computed at the speed that its maker states, as
     training's MFU is meant; None where that is not known: of CPUs, and of other libraries' models.
     """
     peak = peak_flops(torch.cuda.get_device_name(device)) if device != "cpu" else None
-    if peak is None or not isinstance(subject, EvaSubject):
+    if peak is None or not isinstance(subject, encoding.EvaSubject):
         return None
     return pair_flops(subject.config) / peak
 
 
 def _embed_shard(
-    subject: Subject,
+    subject: encoding.Subject,
     store: ShardStore,
     index: SampleIndex,
     number: int,
@@ -138,8 +131,8 @@ def _embed_shard(
             read = enumerate(reader.read(start, start + READ_AT_ONCE), start)
             if pairs := [pair for place, pair in read if place in wanted]:
                 decoded = (pool.map if pool else map)(load, [pair.image for pair in pairs])
-                images.append(embed_images(subject, decoded))
-                texts.append(embed_texts(subject, [pair.caption for pair in pairs]))
+                images.append(encoding.embed_images(subject, decoded))
+                texts.append(encoding.embed_texts(subject, [pair.caption for pair in pairs]))
             count(min(READ_AT_ONCE, verdict.stored - start))
     features = feature_columns(torch.cat(images), torch.cat(texts))
     return pa.table({**dict(zip(usable.column_names, usable.columns, strict=True)), **features})
@@ -161,7 +154,7 @@ def share_runs(files: Sequence[int], groups: int, rank: int, ranks: int) -> Iter
 
 
 def _embed_run(
-    subject: Subject,
+    subject: encoding.Subject,
     job: EmbedJob,
     train: TrainConfig,
     run: Sequence[int],
@@ -192,8 +185,8 @@ def _embed_run(
     first, last = run[0] // groups * steps, min((run[-1] // groups + 1) * steps, train.steps)
     with closing(reader), closing(reader.iterate_batches(first, last)) as batches:
         for number in run:
-            images = embed_images(subject, show(islice(batches, steps)))
-            features = torch.stack([images, embed_texts(subject, captions)], dim=1)
+            images = encoding.embed_images(subject, show(islice(batches, steps)))
+            features = torch.stack([images, encoding.embed_texts(subject, captions)], dim=1)
             with replace_file(stream_file(job.folder, number)) as beside, beside.open("wb") as file:
                 np.save(file, features.numpy().astype(np.float16), allow_pickle=False)
             captions.clear()

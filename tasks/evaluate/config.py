@@ -8,17 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from evaclip_model.config import Config
 from tasks.artifacts.artifact import Stage
-from tasks.evaluate.sets.set_registry import (
-    CLASS_KINDS,
-    FOLDER,
-    GROUPS,
-    Kind,
-    NameSource,
-    PromptSource,
-    find_set,
-    nearest_set,
-    sets_of_group,
-)
+from tasks.evaluate.sets import set_registry
 from tasks.process.launch import RankLaunch
 
 STAGE = Stage("evaluate", 2, tools=("torch", "pillow", "numpy", "ftfy"))
@@ -32,9 +22,9 @@ FIGURES = "figures.csv"
 ANSWERS = "answers.parquet"  # every model's answer to every sample; stays beside the results
 ATTACHED = (REPORT, MARKDOWN, RESULTS, FIGURES)
 """Files that are kept with the tracking run."""
-OWN_PROMPTS: tuple[PromptSource, ...] = ("dataset", "openai")
+OWN_PROMPTS: tuple[set_registry.PromptSource, ...] = ("dataset", "openai")
 """Sources of templates for a set that is not in the registry."""
-OWN_NAMES: tuple[NameSource, ...] = ("dataset",)
+OWN_NAMES: tuple[set_registry.NameSource, ...] = ("dataset",)
 
 
 class EvalSetConfig(Config):
@@ -45,12 +35,12 @@ class EvalSetConfig(Config):
     folder: str = Field(min_length=1)
     """Folder in the published webdataset layout, `evaluation/<its published name>` of a known set;
     `demo:PATH` is inside the demo artifact."""
-    kind: Kind
+    kind: set_registry.Kind
     """Decides the figures: top-1/top-5 over class names, mAP over several classes an image,
     R@1/5/10 in both directions, or the right choice among a few texts or images."""
-    templates: PromptSource | tuple[str, ...] = "dataset"
+    templates: set_registry.PromptSource | tuple[str, ...] = "dataset"
     """Prompts of a set with classes: its own file, a named source, or these, with {c} each."""
-    classnames: NameSource | tuple[str, ...] = "dataset"
+    classnames: set_registry.NameSource | tuple[str, ...] = "dataset"
     """Names of its classes in the order of labels: its own file, a named source, or these."""
     crop_px: int = Field(default=0, ge=0, le=64)
     """Pixels cut off every side of every image first; 2 takes off ObjectNet's red border, which
@@ -65,28 +55,31 @@ class EvalSetConfig(Config):
         if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
             return values
         name = values["name"]
-        known = find_set(name)
+        known = set_registry.find_set(name)
         if known is None:
             if "folder" not in values and "kind" not in values:
+                near = set_registry.nearest_set(name)
                 raise ValueError(
-                    f"set '{name}' is not in the registry ({nearest_set(name)}); a set of your "
-                    "own needs a folder and a kind"
+                    f"set '{name}' is not in the registry ({near}); a set of your own needs a "
+                    "folder and a kind"
                 )
             return values
         if values.get("kind", known.kind) != known.kind:
             raise ValueError(
                 f"set '{name}' is a {known.kind} set; give another set of yours another name"
             )
-        defaults = {"folder": f"{FOLDER}/{known.wds}", "kind": known.kind}
-        if known.kind in CLASS_KINDS:
+        defaults = {"folder": f"{set_registry.FOLDER}/{known.wds}", "kind": known.kind}
+        if known.kind in set_registry.CLASS_KINDS:
             defaults |= {"templates": known.prompts[0], "classnames": known.names[0]}
         return {**defaults, **values}
 
     @field_validator("templates", "classnames", mode="before")
     @classmethod
     def _are_a_source_or_a_list(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in get_args(PromptSource):
-            raise ValueError(f"needs a list, or one of {', '.join(get_args(PromptSource))}")
+        if isinstance(value, str) and value not in get_args(set_registry.PromptSource):
+            raise ValueError(
+                f"needs a list, or one of {', '.join(get_args(set_registry.PromptSource))}"
+            )
         return value
 
     @field_validator("templates")
@@ -101,14 +94,14 @@ class EvalSetConfig(Config):
 
     @model_validator(mode="after")
     def _fits_its_prompts(self) -> Self:
-        if self.kind not in CLASS_KINDS:
+        if self.kind not in set_registry.CLASS_KINDS:
             if (self.templates, self.classnames) != ("dataset", "dataset"):
                 raise ValueError(
                     f"set '{self.name}': {self.kind} compares captions as they are, leave out "
                     "templates and classnames"
                 )
             return self
-        known = find_set(self.name)
+        known = set_registry.find_set(self.name)
         for what, chosen, there in (
             ("templates", self.templates, known.prompts if known else OWN_PROMPTS),
             ("classnames", self.classnames, known.names if known else OWN_NAMES),
@@ -192,9 +185,9 @@ class EvaluateConfig(Config):
     def _may_be_a_group(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        if value not in GROUPS:
-            raise ValueError(f"needs a list of sets, or one of {', '.join(GROUPS)}")
-        return [{"name": name} for name in sets_of_group(value)]
+        if value not in set_registry.GROUPS:
+            raise ValueError(f"needs a list of sets, or one of {', '.join(set_registry.GROUPS)}")
+        return [{"name": name} for name in set_registry.sets_of_group(value)]
 
     @field_validator("sets")
     @classmethod

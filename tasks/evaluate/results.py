@@ -10,28 +10,10 @@ from typing import Any
 from tasks.encoders.open_models import Identity, digest_of
 from tasks.evaluate.config import STAGE, EvaluateConfig
 from tasks.evaluate.encode.encode_features import texts_of
-from tasks.evaluate.metrics.compute import (
-    Figures,
-    Mask,
-    chance_levels,
-    compare_models,
-    compute_figures,
-    figures_without,
-)
+from tasks.evaluate.metrics import compute
 from tasks.evaluate.metrics.metric import metrics_in
 from tasks.evaluate.metrics.scored import Scored
-from tasks.evaluate.paper.published import (
-    TABLES,
-    Average,
-    PaperModel,
-    average_sets,
-    average_table,
-    find_published,
-    judge_figure,
-    members_of,
-    paper_model,
-    values_of,
-)
+from tasks.evaluate.paper import published
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.evaluate.sets.set_registry import DATACOMP, find_set, known_sets, sets_of_group
 
@@ -47,7 +29,7 @@ def results_of(
     sets: Mapping[str, EvalSet],
     scored: Mapping[str, Mapping[str, Scored]],
     failed: Mapping[str, str],
-    seen: Mapping[str, Mask],
+    seen: Mapping[str, compute.Mask],
 ) -> dict[str, Any]:
     """Everything `results.json` holds; sets that failed have only a reason.
 
@@ -59,12 +41,15 @@ def results_of(
     splits = {one.name: one.split for one in config.sets}
     whole = {name: one for name, one in sets.items() if name in scored}
     results = {
-        name: {model: {**compute_figures(one), "cut": one.cut} for model, one in by_model.items()}
+        name: {
+            model: {**compute.compute_figures(one), "cut": one.cut}
+            for model, one in by_model.items()
+        }
         for name, by_model in scored.items()
     }
-    chance = {name: chance_levels(one) for name, one in whole.items()}
+    chance = {name: compute.chance_levels(one) for name, one in whole.items()}
     rows = {
-        name: paper_model(one.source, one.architecture, one.sha256, config.released)
+        name: published.paper_model(one.source, one.architecture, one.sha256, config.released)
         for name, one in models.items()
     }
     return {
@@ -99,7 +84,7 @@ def results_of(
             name: {
                 model: {
                     metric: asdict(one)
-                    for metric, one in compare_models(by_model[subject], other).items()
+                    for metric, one in compute.compare_models(by_model[subject], other).items()
                 }
                 for model, other in by_model.items()
                 if model != subject
@@ -110,7 +95,7 @@ def results_of(
         "contamination": {
             name: {
                 "flagged": int(mask.sum()),
-                "figures_without": figures_without(scored[name][subject], mask),
+                "figures_without": compute.figures_without(scored[name][subject], mask),
             }
             for name, mask in seen.items()
         },
@@ -174,8 +159,8 @@ def _describe_set(evalset: EvalSet, split: str) -> dict[str, Any]:
 
 def _paper_figures(
     evalset: EvalSet,
-    results: Mapping[str, Figures],
-    rows: Mapping[str, PaperModel | None],
+    results: Mapping[str, compute.Figures],
+    rows: Mapping[str, published.PaperModel | None],
     split: str,
 ) -> dict[str, dict[str, Any]]:
     """Model -> metric -> the figure that the paper prints, and how ours stands to it."""
@@ -184,9 +169,13 @@ def _paper_figures(
         if (model := rows[name]) is None:
             continue
         for metric in metrics_in(figures):
-            if (reference := find_published(model.row, evalset.name, metric.name)) is None:
+            if (
+                reference := published.find_published(model.row, evalset.name, metric.name)
+            ) is None:
                 continue
-            ruling = judge_figure(figures[metric.name], reference, evalset, model, split=split)
+            ruling = published.judge_figure(
+                figures[metric.name], reference, evalset, model, split=split
+            )
             found.setdefault(name, {})[metric.name] = {
                 "published": reference.value / 100,
                 "tolerance": reference.tolerance,
@@ -198,26 +187,30 @@ def _paper_figures(
 
 
 def _table_averages(
-    results: Mapping[str, Mapping[str, Figures]], rows: Mapping[str, PaperModel | None]
+    results: Mapping[str, Mapping[str, compute.Figures]],
+    rows: Mapping[str, published.PaperModel | None],
 ) -> dict[str, Any]:
     """Table -> model -> average, of the tables of which a set was evaluated."""
     values = {
-        name: values_of({key: by_model[name] for key, by_model in results.items()}) for name in rows
+        name: published.values_of({key: by_model[name] for key, by_model in results.items()})
+        for name in rows
     }
     averages = {
         table: {
-            name: asdict(average_table(table, values[name], row.row if row else None))
+            name: asdict(published.average_table(table, values[name], row.row if row else None))
             for name, row in rows.items()
         }
-        for table in TABLES
-        if members_of(table).keys() & results.keys()
+        for table in published.TABLES
+        if published.members_of(table).keys() & results.keys()
     }
     if results.keys() & set(sets_of_group(DATACOMP)).difference(known_sets()):
         averages[DATACOMP] = {name: asdict(_average_datacomp(results, name)) for name in rows}
     return averages
 
 
-def _average_datacomp(results: Mapping[str, Mapping[str, Figures]], model: str) -> Average:
+def _average_datacomp(
+    results: Mapping[str, Mapping[str, compute.Figures]], model: str
+) -> published.Average:
     """DataComp's average: of each of its 38 sets the figure that it calls the main one."""
     values = {}
     for key, by_model in results.items():
@@ -228,7 +221,7 @@ def _average_datacomp(results: Mapping[str, Mapping[str, Figures]], model: str) 
             values[key] = fmean(both)
         elif main in figures:
             values[key] = figures[main]
-    return average_sets(sets_of_group(DATACOMP), values)
+    return published.average_sets(sets_of_group(DATACOMP), values)
 
 
 TIES_WORTH_TELLING = 0.001

@@ -16,19 +16,7 @@ from typing import Any, NamedTuple
 
 from evaclip_model.errors import InputError, escape_control
 from evaclip_model.files import write_atomically
-from evaclip_model.training.config import (
-    DRY_RUN_FILE,
-    EMA_FOLDER,
-    ERROR_FILE,
-    JOB_FILE,
-    MEMORY_FILE,
-    METRICS_FILE,
-    MODEL_FOLDER,
-    RESULT_FILE,
-    RESUMABLE_FILE,
-    TrainConfig,
-    TrainJob,
-)
+from evaclip_model.training import config as training
 from tasks.artifacts.artifact import Made
 from tasks.process.child import run_supervised
 from tasks.process.cluster import Program, job_name
@@ -60,7 +48,7 @@ _LOG_TAIL = 2000
 class Follower:
     """Reads metrics and log as they grow; says how far training is, or why its job waits."""
 
-    config: TrainConfig
+    config: training.TrainConfig
     metrics: Path
     report: Report
     step: int = 0
@@ -154,7 +142,7 @@ class Inputs(NamedTuple):
 
 
 def train_model(
-    config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report
+    config: training.TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report
 ) -> Made:
     """Train to the end, from the newest checkpoint in `out` if a killed run left one; on this
     machine each rank gets an equal part of its cores.
@@ -165,34 +153,38 @@ def train_model(
         TrainingCrashed: the ranks end without making progress.
     """
     config = config.fit_to_shards(inputs.shards)
-    if not (out / RESULT_FILE).is_file():
-        _run_training(Follower(config, out.resolve() / METRICS_FILE, report), inputs, launch)
-    result = json.loads((out / RESULT_FILE).read_text())
+    if not (out / training.RESULT_FILE).is_file():
+        _run_training(
+            Follower(config, out.resolve() / training.METRICS_FILE, report), inputs, launch
+        )
+    result = json.loads((out / training.RESULT_FILE).read_text())
     report(config.steps, config.steps, f"loss {result['final_loss']:.3f}")
     counts = {name: result[name] for name in ("steps", "samples_seen", "final_loss", "seconds")}
     drawn = {f"{name}.samples": count for name, count in result["source_samples"].items()}
     bad = {f"bad.{reason}": count for reason, count in result["bad_samples"].items()}
-    kept = [out / name for name in (JOB_FILE, METRICS_FILE, RESULT_FILE)]
+    kept = [out / name for name in (training.JOB_FILE, training.METRICS_FILE, training.RESULT_FILE)]
     weights = [
-        file for name in (MODEL_FOLDER, EMA_FOLDER) for file in sorted((out / name).glob("*"))
+        file
+        for name in (training.MODEL_FOLDER, training.EMA_FOLDER)
+        for file in sorted((out / name).glob("*"))
     ]
     return Made({**counts, **drawn, **bad}, (*kept, *weights))
 
 
 def try_out(
-    config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report
+    config: training.TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report
 ) -> dict[str, Any]:
     """Start the ranks for one step that is thrown away; nothing but `out` is written to. Returns
     what the trainer's `dry_run.json` says; raises as `train_model`."""
     config = config.fit_to_shards(inputs.shards)
-    follower = Follower(config, out.resolve() / METRICS_FILE, report)
+    follower = Follower(config, out.resolve() / training.METRICS_FILE, report)
     status = _start_ranks(follower, inputs, launch, dry_run=True)
-    if not (out / DRY_RUN_FILE).is_file():
+    if not (out / training.DRY_RUN_FILE).is_file():
         raise TrainingCrashed(
             f"training stage '{config.name}' ended with status {status} in its first step; "
             f"{_log_end(out)}"
         )
-    found: dict[str, Any] = json.loads((out / DRY_RUN_FILE).read_text())
+    found: dict[str, Any] = json.loads((out / training.DRY_RUN_FILE).read_text())
     return found
 
 
@@ -203,15 +195,15 @@ def _run_training(follower: Follower, inputs: Inputs, launch: Launch) -> None:
         before, killed = follower.step, kernel_kills()
         # Anew every time: the machine may have lost a GPU.
         status = _start_ranks(follower, inputs, smaller or launch)
-        if (out / RESULT_FILE).is_file():
+        if (out / training.RESULT_FILE).is_file():
             return
-        if (out / MEMORY_FILE).is_file() or kernel_kills() > killed:
+        if (out / training.MEMORY_FILE).is_file() or kernel_kills() > killed:
             smaller = _with_smaller_parts(config, launch, tried=smaller)
             follower.report_event(
                 f"memory ran out: training continues with a micro-batch of {smaller.micro_batch}"
             )
             continue
-        stopped = (out / RESUMABLE_FILE).is_file()
+        stopped = (out / training.RESUMABLE_FILE).is_file()
         cause = "a signal stopped training" if stopped else f"training ended with status {status}"
         follower.report_event(f"{cause}: it continues from the newest checkpoint")
         idle = 0 if follower.step > before else idle + 1
@@ -222,7 +214,9 @@ def _run_training(follower: Follower, inputs: Inputs, launch: Launch) -> None:
     )
 
 
-def _with_smaller_parts(config: TrainConfig, launch: Launch, tried: Launch | None) -> Launch:
+def _with_smaller_parts(
+    config: training.TrainConfig, launch: Launch, tried: Launch | None
+) -> Launch:
     """`launch` with half as many pairs of a rank in memory at once; InputError: that was `tried`,
     or the number is odd."""
     share = config.global_batch // _this_machine(config, launch).all_ranks
@@ -257,10 +251,10 @@ def _start_ranks(
     trainer left a sentence for the user."""
     config, out = follower.config, follower.metrics.parent
     here = _this_machine(config, launch)
-    job = out / JOB_FILE
+    job = out / training.JOB_FILE
     content = _make_job(config, inputs, out, launch, here).model_copy(update={"dry_run": dry_run})
     write_atomically(job, content.model_dump_json(indent=1) + "\n")
-    for name in (ERROR_FILE, RESUMABLE_FILE, MEMORY_FILE):
+    for name in (training.ERROR_FILE, training.RESUMABLE_FILE, training.MEMORY_FILE):
         (out / name).unlink(missing_ok=True)
     with TemporaryDirectory(prefix="evaclip-ranks-") as private:
         env = rank_environment(os.environ, here.ranks, here.cores, Path(private) / "store")
@@ -272,15 +266,15 @@ def _start_ranks(
             poll=follower.report_newest,
         )
     follower.report_newest()
-    if (out / ERROR_FILE).is_file():
-        raise InputError(f"training stage '{config.name}': {_read_text(out / ERROR_FILE)}")
+    if (out / training.ERROR_FILE).is_file():
+        raise InputError(f"training stage '{config.name}': {_read_text(out / training.ERROR_FILE)}")
     return status
 
 
 def trainer_program(job: Path, inputs: Inputs) -> Program:
     """The program of the ranks of a training."""
     reads = tuple(one.resolve() for one in (inputs.start_from, inputs.shards, *inputs.teachers))
-    ends = (job.with_name(name) for name in (RESULT_FILE, ERROR_FILE))
+    ends = (job.with_name(name) for name in (training.RESULT_FILE, training.ERROR_FILE))
     over = " || ".join(f"[ -e {quote(str(end))} ]" for end in ends)
     return Program(WORKER, job, job.with_name(LOG_FILE), reads, over)
 
@@ -294,7 +288,7 @@ class _ThisMachine(NamedTuple):
     all_ranks: int
 
 
-def _this_machine(config: TrainConfig, launch: Launch) -> _ThisMachine:
+def _this_machine(config: training.TrainConfig, launch: Launch) -> _ThisMachine:
     cores = len(os.sched_getaffinity(0))
     gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
     ranks, machines = launch.ranks or default_ranks(cores, gpus, config.lanes), launch.nodes
@@ -306,8 +300,8 @@ def _this_machine(config: TrainConfig, launch: Launch) -> _ThisMachine:
 
 
 def _make_job(
-    config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, here: _ThisMachine
-) -> TrainJob:
+    config: training.TrainConfig, inputs: Inputs, out: Path, launch: Launch, here: _ThisMachine
+) -> training.TrainJob:
     handed_on = {"micro_batch", "compile", "watchdog_s", "profile_steps", "tensorboard"}
     chosen: dict[str, Any] = {
         **launch.model_dump(include={*handed_on, "read_workers"}),
@@ -319,7 +313,7 @@ def _make_job(
     if here.is_alone:
         workers = default_read_workers(here.cores, here.ranks, here.gpus)
         fitting = {"threads": max(1, here.cores // here.ranks), "read_workers": workers}
-    return TrainJob(
+    return training.TrainJob(
         train=config,
         start_from=inputs.start_from.resolve(),
         shards=inputs.shards.resolve(),

@@ -32,19 +32,8 @@ from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.reading import image_decoder
 from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
 from tasks.artifacts.artifact import Made, read_bulk, sha256_of
-from tasks.index import adopted_shards
+from tasks.index import adopted_shards, sample_index
 from tasks.index.perceptual_hash import grey_of, hashes_of
-from tasks.index.sample_index import (
-    CHECKED,
-    COLUMNS,
-    INDEX,
-    ShardVerdict,
-    read_verdicts,
-    relative_path,
-    without_scheme,
-    write_index,
-    write_verdicts,
-)
 from tasks.process.child import refuse_full_disk, run_supervised
 from tasks.progress import Report
 from tasks.verify.config import VerifyConfig
@@ -85,11 +74,14 @@ def verify_shards(
     Each of the `processes` takes about 0.1 GB. That no shard can be trained on, or that one changed
     since it was adopted, is an `InputError`.
     """
-    if not (out / CHECKED).exists():
+    if not (out / sample_index.CHECKED).exists():
         _verify_all(config, downloaded, out, processes, report)
     shutil.rmtree(out / TABLES, ignore_errors=True)
-    index = sorted((out / INDEX).rglob("*.parquet"))
-    return Made(_count_verdicts(read_verdicts(out)), (out / CHECKED, out / REPORT, *index))
+    index = sorted((out / sample_index.INDEX).rglob("*.parquet"))
+    return Made(
+        _count_verdicts(sample_index.read_verdicts(out)),
+        (out / sample_index.CHECKED, out / REPORT, *index),
+    )
 
 
 def _verify_all(
@@ -108,11 +100,11 @@ def _verify_all(
             f"{verdicts[0].path}: {verdicts[0].left_out}"
         )
     report(len(listed), len(listed), "indexing")
-    write_index(tables, out / INDEX, config.memory_limit)
+    sample_index.write_index(tables, out / sample_index.INDEX, config.memory_limit)
     left_out = {verdict.path: verdict.left_out for verdict in verdicts if verdict.left_out}
     details = {**_count_verdicts(verdicts), "left_out": left_out}
     write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
-    write_verdicts(verdicts, out)
+    sample_index.write_verdicts(verdicts, out)
 
 
 def _list_jobs(downloaded: Path, out: Path) -> list[ShardJob]:
@@ -134,7 +126,7 @@ def _list_jobs(downloaded: Path, out: Path) -> list[ShardJob]:
         ShardJob(
             location=location,
             size=size,
-            path=relative_path(location, out.resolve()),
+            path=sample_index.relative_path(location, out.resolve()),
             target=(out / TABLES / f"{number:06d}.parquet").resolve(),
             source=source,
             name=name,
@@ -191,7 +183,7 @@ def _verify_missing(
         )
 
 
-def _count_verdicts(verdicts: Sequence[ShardVerdict]) -> dict[str, int | float]:
+def _count_verdicts(verdicts: Sequence[sample_index.ShardVerdict]) -> dict[str, int | float]:
     usable = [verdict for verdict in verdicts if verdict.shard is not None]
     flaws = sum((Counter(verdict.flaws) for verdict in usable), Counter[str]())
     counts: dict[str, int | float] = {
@@ -254,7 +246,7 @@ def verify_shard(tar: Path, job: ShardJob, config: VerifyConfig) -> None:
             bytes=tar.stat().st_size,
             sha256=sha256_of(tar),
         )
-    verdict = ShardVerdict(
+    verdict = sample_index.ShardVerdict(
         path=job.path, stored=seen.samples, shard=shard, flaws=dict(seen.flaws), left_out=left_out
     )
     table = seen.to_table().replace_schema_metadata({_VERDICT: verdict.model_dump_json()})
@@ -262,9 +254,9 @@ def verify_shard(tar: Path, job: ShardJob, config: VerifyConfig) -> None:
         pq.write_table(table, beside, compression="zstd")
 
 
-def read_verdict(target: Path) -> ShardVerdict:
+def read_verdict(target: Path) -> sample_index.ShardVerdict:
     metadata = pq.read_metadata(target).metadata
-    return ShardVerdict.from_mapping(json.loads(metadata[_VERDICT]), where=str(target))
+    return sample_index.ShardVerdict.from_mapping(json.loads(metadata[_VERDICT]), where=str(target))
 
 
 @dataclass
@@ -312,7 +304,7 @@ class _Seen:
         source = self.job.source if self.job.source is not None else _text_field(record, "source")
         identity = f"{source}\n{self.job.name}\n{sample.key}"
         if url is not None:  # as a merge would name the row
-            identity = f"{without_scheme(url)}\n{sample.caption}"
+            identity = f"{sample_index.without_scheme(url)}\n{sample.caption}"
         md5 = _text_field(record, "md5")
         return {
             "key": _writable(sample.key),
@@ -327,13 +319,15 @@ class _Seen:
 
     def to_table(self) -> pa.Table:
         """A row a sample, with the perceptual hashes of all that could be decoded."""
-        table = pa.Table.from_pylist(self.rows, schema=COLUMNS)
+        table = pa.Table.from_pylist(self.rows, schema=sample_index.COLUMNS)
         decoded = table["phash"].is_valid().to_numpy()
         hashes = np.zeros(self.samples, dtype=np.uint64)
         if self.greys:
             hashes[decoded] = hashes_of(np.stack(self.greys))
-        place = COLUMNS.get_field_index("phash")
-        return table.set_column(place, COLUMNS.field(place), pa.array(hashes, mask=~decoded))
+        place = sample_index.COLUMNS.get_field_index("phash")
+        return table.set_column(
+            place, sample_index.COLUMNS.field(place), pa.array(hashes, mask=~decoded)
+        )
 
 
 def _decode_image(

@@ -35,23 +35,7 @@ from evaclip_model.reading.urls import is_url, open_filesystem
 from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.config import EMA_FOLDER, MODEL_FOLDER, TrainConfig
 from evaclip_model.training.engine.engine import StateFragment
-from evaclip_model.weights.checkpoint_format import (
-    MANIFEST,
-    CheckpointManifest,
-    ShardFile,
-    StoredPiece,
-    TrainingProgress,
-    UnusableCheckpoint,
-    bytes_of,
-    checked_pieces,
-    describe_difference,
-    key_of,
-    list_retired,
-    sizes_of,
-    step_name,
-    step_of,
-    write_shard,
-)
+from evaclip_model.weights import checkpoint_format as form
 from evaclip_model.weights.load import save_model
 from evaclip_model.weights.tensor_files import SLAB_BYTES
 
@@ -71,7 +55,7 @@ class CheckpointPlace:
     def list_steps(self) -> list[int]:
         """Steps of the checkpoints that have a manifest, newest first."""
         found = self._list_files().items()
-        return sorted((step for step, files in found if MANIFEST in files), reverse=True)
+        return sorted((step for step, files in found if form.MANIFEST in files), reverse=True)
 
     @contextmanager
     def create_file(self, step: int, name: str) -> Iterator[BinaryIO]:
@@ -91,23 +75,23 @@ class CheckpointPlace:
     def publish_checkpoint(self, step: int, manifest: str) -> None:
         """Make a checkpoint whole, all files of which were written."""
         if self._is_here:
-            write_atomically(Path(self.full_name(step, MANIFEST)), manifest)
+            write_atomically(Path(self.full_name(step, form.MANIFEST)), manifest)
             return
-        with self.create_file(step, MANIFEST) as file:
+        with self.create_file(step, form.MANIFEST) as file:
             file.write(manifest.encode())
 
     def remove_checkpoint(self, step: int) -> None:
         """Remove a checkpoint, or what was begun of it, the manifest first."""
         files = self._list_files().get(step, set())
-        for name in sorted(files, key=lambda name: name != MANIFEST):
+        for name in sorted(files, key=lambda name: name != form.MANIFEST):
             self._files.rm_file(self.full_name(step, name))
         with suppress(OSError):  # object stores have no folders, and none to remove
-            self._files.rmdir(f"{self._root}/{step_name(step)}")
+            self._files.rmdir(f"{self._root}/{form.step_name(step)}")
 
     def remove_leftovers(self) -> None:
         """Remove what killed runs began and did not finish."""
         for step, files in self._list_files().items():
-            if MANIFEST not in files:
+            if form.MANIFEST not in files:
                 self.remove_checkpoint(step)
 
     def open_file(self, step: int, name: str) -> BinaryIO:
@@ -118,7 +102,7 @@ class CheckpointPlace:
         return opened
 
     def full_name(self, step: int, name: str) -> str:
-        return f"{self._root}/{step_name(step)}/{name}"
+        return f"{self._root}/{form.step_name(step)}/{name}"
 
     def _list_files(self) -> dict[int, set[str]]:
         self._files.invalidate_cache()
@@ -126,8 +110,8 @@ class CheckpointPlace:
         with suppress(FileNotFoundError):
             for path in self._files.find(self._root):
                 *_, folder, name = ["", *str(path).split("/")]
-                step = step_of(folder)
-                if step is not None and folder == step_name(step):
+                step = form.step_of(folder)
+                if step is not None and folder == form.step_name(step):
                     found.setdefault(step, set()).add(name)
         return found
 
@@ -161,7 +145,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         for key, tensor in _tensors_by_key(fragments).items():
             self._copy_tensor(key, tensor)  # memory is there when it was written to
 
-    def begin_save(self, fragments: Iterable[StateFragment], progress: TrainingProgress) -> None:
+    def begin_save(
+        self, fragments: Iterable[StateFragment], progress: form.TrainingProgress
+    ) -> None:
         """Begin to copy the state and to write it, after the save before, whose error it raises.
         Call `wait_for_copy` before the state is changed."""
         self.wait_for_save()
@@ -206,7 +192,10 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             self.close()
 
     def _write_in_background(
-        self, here: Mapping[str, Tensor], held: Mapping[str, Tensor], progress: TrainingProgress
+        self,
+        here: Mapping[str, Tensor],
+        held: Mapping[str, Tensor],
+        progress: form.TrainingProgress,
     ) -> None:
         try:
             try:
@@ -226,7 +215,10 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
 
 def save_checkpoint(
-    location: Path | str, fragments: Iterable[StateFragment], progress: TrainingProgress, keep: int
+    location: Path | str,
+    fragments: Iterable[StateFragment],
+    progress: form.TrainingProgress,
+    keep: int,
 ) -> None:
     """Write a checkpoint together with all other ranks, and wait until it is whole; without memory
     of its own for fragments that lie in host memory. Raises InputError or OSError, the same on
@@ -239,26 +231,26 @@ def _write_checkpoint(
     place: CheckpointPlace,
     peers: Peers,
     tensors: Mapping[str, Tensor],
-    progress: TrainingProgress,
+    progress: form.TrainingProgress,
     keep: int,
     keep_every_steps: int | None = None,
 ) -> None:
     """Write this rank's shard; when all are on disk, rank 0 makes them a checkpoint."""
     step = progress.step
 
-    def write_own_shard() -> ShardFile:
+    def write_own_shard() -> form.ShardFile:
         name = f"shard-{peers.rank}.safetensors"
         with place.create_file(step, name) as file:
-            return ShardFile(name, *write_shard(file, tensors))
+            return form.ShardFile(name, *form.write_shard(file, tensors))
 
     def remove_old() -> None:
-        for old in list_retired(place.list_steps(), step, keep, keep_every_steps):
+        for old in form.list_retired(place.list_steps(), step, keep, keep_every_steps):
             place.remove_checkpoint(old)
 
     peers.run_on_first(lambda: place.remove_checkpoint(step))
     try:
         shards = peers.run_everywhere(write_own_shard)
-        manifest = CheckpointManifest(tuple(shards), progress).to_text()
+        manifest = form.CheckpointManifest(tuple(shards), progress).to_text()
         peers.run_on_first(lambda: place.publish_checkpoint(step, manifest))
     except Exception:
         if peers.rank == 0:
@@ -270,7 +262,7 @@ def _write_checkpoint(
 
 def _tensors_by_key(fragments: Iterable[StateFragment]) -> dict[str, Tensor]:
     return {
-        key_of(fragment.name, fragment.offset, kind): tensor
+        form.key_of(fragment.name, fragment.offset, kind): tensor
         for fragment in fragments
         for kind, tensor in fragment.tensors.items()
     }
@@ -284,19 +276,19 @@ def settings_of(config: TrainConfig, architecture: ModelConfig) -> dict[str, Any
 
 def load_newest(
     location: Path | str, fragments: Sequence[StateFragment], settings: Mapping[str, Any]
-) -> TrainingProgress | None:
+) -> form.TrainingProgress | None:
     """Fill `fragments` from the newest checkpoint that is whole; None: there is none. Every rank
     calls it. One that is not whole is passed over, and the log says why; those of other settings or
     of a later version of this package raise InputError, unreadable places OSError."""
     place, peers = CheckpointPlace(location), Peers.every_rank()
     for step in peers.run_on_first(place.list_steps):
-        where = place.full_name(step, MANIFEST)
+        where = place.full_name(step, form.MANIFEST)
         try:
             text = peers.run_on_first(partial(_read_text, place, step))
-            manifest = CheckpointManifest.from_text(text, where)
+            manifest = form.CheckpointManifest.from_text(text, where)
             _require_same(manifest.progress.settings, settings, where)
             pieces = _check_shards(place, peers, step, manifest, fragments)
-        except UnusableCheckpoint as fault:
+        except form.UnusableCheckpoint as fault:
             if peers.rank == 0:
                 _log.warning("checkpoint of step %d is passed over: %s", step, fault)
             continue
@@ -306,7 +298,7 @@ def load_newest(
 
 
 def _read_text(place: CheckpointPlace, step: int) -> str:
-    with place.open_file(step, MANIFEST) as file:
+    with place.open_file(step, form.MANIFEST) as file:
         return file.read().decode(errors="replace")
 
 
@@ -324,31 +316,31 @@ def _check_shards(
     place: CheckpointPlace,
     peers: Peers,
     step: int,
-    manifest: CheckpointManifest,
+    manifest: form.CheckpointManifest,
     fragments: Sequence[StateFragment],
-) -> list[StoredPiece]:
+) -> list[form.StoredPiece]:
     """Pieces of all shards, when they are as they were written and what all ranks need; raises
     UnusableCheckpoint on every rank when they are not."""
 
-    def check_share() -> list[StoredPiece] | str:
+    def check_share() -> list[form.StoredPiece] | str:
         """Pieces of the shards that fall to this rank, or what is wrong with one of them."""
-        own: list[StoredPiece] = []
+        own: list[form.StoredPiece] = []
         for number in range(peers.rank, len(manifest.shards), peers.count):
             shard = manifest.shards[number]
             where = place.full_name(step, shard.name)
             try:
                 with place.open_file(step, shard.name) as file:
-                    own += checked_pieces(file, shard, number, where)
+                    own += form.checked_pieces(file, shard, number, where)
             except FileNotFoundError:
                 return f"{where} is missing"
-            except UnusableCheckpoint as fault:
+            except form.UnusableCheckpoint as fault:
                 return str(fault)
         return own
 
-    pieces: list[StoredPiece] = []
+    pieces: list[form.StoredPiece] = []
     for share in peers.run_everywhere(check_share):
         if isinstance(share, str):
-            raise UnusableCheckpoint(share)
+            raise form.UnusableCheckpoint(share)
         pieces += share
     ends = [
         ((fragment.name, kind), fragment.offset + tensor.numel())
@@ -358,10 +350,10 @@ def _check_shards(
     wanted: dict[tuple[str, str], int] = {}
     for held, end in chain.from_iterable(peers.gather_values(ends)):
         wanted[held] = max(wanted.get(held, 0), end)
-    where = place.full_name(step, MANIFEST).removesuffix(f"/{MANIFEST}")
-    reason = describe_difference(sizes_of(pieces, where), wanted)
+    where = place.full_name(step, form.MANIFEST).removesuffix(f"/{form.MANIFEST}")
+    reason = form.describe_difference(form.sizes_of(pieces, where), wanted)
     if reason is not None:
-        raise UnusableCheckpoint(f"{where} {reason}")
+        raise form.UnusableCheckpoint(f"{where} {reason}")
     return pieces
 
 
@@ -369,11 +361,11 @@ def _fill_fragments(
     fragments: Sequence[StateFragment],
     place: CheckpointPlace,
     step: int,
-    manifest: CheckpointManifest,
-    pieces: Iterable[StoredPiece],
+    manifest: form.CheckpointManifest,
+    pieces: Iterable[form.StoredPiece],
 ) -> None:
     """Read this rank's fragments, shard by shard and from front to back, a slab at a time."""
-    index: dict[tuple[str, str], list[StoredPiece]] = defaultdict(list)
+    index: dict[tuple[str, str], list[form.StoredPiece]] = defaultdict(list)
     for piece in pieces:
         index[piece.name, piece.kind].append(piece)
     reads: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
@@ -398,7 +390,7 @@ def _read_into(tensor: Tensor, file: BinaryIO, buffer: Tensor) -> None:
     for done in range(0, tensor.numel(), buffer.numel()):
         part = tensor[done : done + buffer.numel()]
         slab = buffer[: part.numel()]
-        into, read = bytes_of(slab), 0
+        into, read = form.bytes_of(slab), 0
         while read < len(into):
             count = file.readinto(into[read:])  # type: ignore[attr-defined]
             if not count:

@@ -30,14 +30,7 @@ from evaclip_model.training.engine.fp32_state import (
     Partitioned,
 )
 from evaclip_model.training.loss.objective import make_objective
-from evaclip_model.training.optimizer.optimizer import (
-    TOWERS,
-    Group,
-    Lamb,
-    LambPart,
-    parameter_groups,
-    tower_of,
-)
+from evaclip_model.training.optimizer import optimizer as optim
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """State of DeepSpeed's fp16 loss scaler, by its names."""
@@ -82,9 +75,9 @@ class Engine:
     def __init__(
         self,
         config: TrainConfig,
-        groups: Sequence[Group],
+        groups: Sequence[optim.Group],
         named: Mapping[str, nn.Parameter],
-        optimizer: Lamb,
+        optimizer: optim.Lamb,
         state: Fp32State,
     ) -> None:
         self._config = config
@@ -347,12 +340,12 @@ def start_distributed(device: str, timeout_s: float = 1800) -> None:
 
 
 def make_optimizer(
-    named: Mapping[str, Tensor], groups: Sequence[Group], config: TrainConfig
-) -> Lamb:
+    named: Mapping[str, Tensor], groups: Sequence[optim.Group], config: TrainConfig
+) -> optim.Lamb:
     """The optimizer over `groups`, in their order, of the tensors `named`, of any shapes."""
-    return Lamb(
+    return optim.Lamb(
         [
-            LambPart([named[name] for name in group.names], group.lr_peak, group.weight_decay)
+            optim.LambPart([named[name] for name in group.names], group.lr_peak, group.weight_decay)
             for group in groups
         ],
         betas=(config.beta1, config.beta2),
@@ -364,7 +357,7 @@ def make_optimizer(
     )
 
 
-def _fp32_state_of(wrapped: Any, optimizer: Lamb, named: Mapping[str, Tensor]) -> Fp32State:
+def _fp32_state_of(wrapped: Any, optimizer: optim.Lamb, named: Mapping[str, Tensor]) -> Fp32State:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -381,11 +374,11 @@ def _fp32_state_of(wrapped: Any, optimizer: Lamb, named: Mapping[str, Tensor]) -
 
 def _prepare_model(
     model: nn.Module, config: TrainConfig
-) -> tuple[list[Group], dict[str, nn.Parameter], dict[str, Tensor]]:
+) -> tuple[list[optim.Group], dict[str, nn.Parameter], dict[str, Tensor]]:
     """Freeze what is not trained, and give the model the stage's type; returns the groups, what is
     trained by name, and of that what loses by the type, in fp32: DeepSpeed would make masters of
     what is left of it."""
-    groups = parameter_groups(((n, p.shape) for n, p in model.named_parameters()), config)
+    groups = optim.parameter_groups(((n, p.shape) for n, p in model.named_parameters()), config)
     if not groups:
         raise InputError(f"freeze = {list(config.freeze)} leaves nothing to train: take one out")
     config.require_parts([name for name, _ in model.named_parameters()])
@@ -403,7 +396,7 @@ def _prepare_model(
 
 
 def _summarise_trust(
-    optimizer: Lamb, groups: Sequence[Group]
+    optimizer: optim.Lamb, groups: Sequence[optim.Group]
 ) -> dict[str, tuple[float, float, float]]:
     ratios: dict[str, list[float]] = {}
     for group, found in zip(groups, optimizer.trust_ratios(), strict=True):
@@ -416,14 +409,14 @@ def _compute_norms(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
     """Norms of all ranks' gradients together, "total" and by tower, from the pieces that only this
     rank holds."""
     held = list(gradients)
-    squares = torch.zeros(len(TOWERS), dtype=torch.float64)
+    squares = torch.zeros(len(optim.TOWERS), dtype=torch.float64)
     if held:
         # In fp32: squares of fp16 overflow long before the gradient does.
         norms = torch._foreach_norm([part for _, part in held], 2, torch.float32)
         squares = squares.to(norms[0].device)
-        owner = torch.tensor([TOWERS.index(tower_of(name)) for name, _ in held])
+        owner = torch.tensor([optim.TOWERS.index(optim.tower_of(name)) for name, _ in held])
         squares.index_add_(0, owner.to(squares.device), torch.stack(norms).double().square())
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(squares)
-    found = dict(zip(TOWERS, squares.sqrt().tolist(), strict=True))
+    found = dict(zip(optim.TOWERS, squares.sqrt().tolist(), strict=True))
     return {"total": float(squares.sum().sqrt()), **found}

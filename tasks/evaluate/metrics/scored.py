@@ -6,13 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from evaclip_model.zeroshot.exact_ranks import (
-    Ranking,
-    class_scores,
-    rank_classes,
-    retrieve_images,
-    retrieve_texts,
-)
+from evaclip_model.zeroshot import exact_ranks
 from tasks.evaluate.metrics.probes import ProbeAnswers
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.evaluate.sets.set_registry import Kind
@@ -26,11 +20,11 @@ class Scored:
     """One model's answers to one set; the fields that the kind of the set calls for are filled."""
 
     evalset: EvalSet
-    classes: Ranking | None = None
+    classes: exact_ranks.Ranking | None = None
     """Of a classification set, one query an image."""
-    texts: Ranking | None = None
+    texts: exact_ranks.Ranking | None = None
     """Image-to-text retrieval, one query an image."""
-    images: Ranking | None = None
+    images: exact_ranks.Ranking | None = None
     """Text-to-image retrieval, one query a caption."""
     scores: Tensor | None = None
     """Of a multilabel set: fp32 logits [N, C]."""
@@ -41,7 +35,7 @@ class Scored:
     cut: int = 0
     """Captions, or prompts, whose end the model does not see: its context is shorter."""
 
-    def rankings_by_direction(self) -> dict[str, Ranking]:
+    def rankings_by_direction(self) -> dict[str, exact_ranks.Ranking]:
         """The rankings there are, by the direction of the question."""
         named = {
             "image → class": self.classes,
@@ -99,22 +93,24 @@ def score_set(evalset: EvalSet, images: Tensor, texts: Tensor) -> Scored:
     """Rank images [N, D] against a text classifier [C, D], or captions [T, D] both ways; or
     compare those of each question."""
     if evalset.kind == "classification":
-        return Scored(evalset, classes=rank_classes(images, texts, labels_of(evalset), SHOWN))
+        return Scored(
+            evalset, classes=exact_ranks.rank_classes(images, texts, labels_of(evalset), SHOWN)
+        )
     if evalset.kind == "multilabel":
-        return Scored(evalset, scores=class_scores(images, texts))
+        return Scored(evalset, scores=exact_ranks.class_scores(images, texts))
     if evalset.kind == "choice":
         row = {sample.key: number for number, sample in enumerate(evalset.samples)}
         portions = torch.split(texts, [len(one.texts) for one in evalset.questions])
         return Scored(
             evalset,
             similarities=tuple(
-                class_scores(images[[row[key] for key in one.images]], mine)
+                exact_ranks.class_scores(images[[row[key] for key in one.images]], mine)
                 for one, mine in zip(evalset.questions, portions, strict=True)
             ),
         )
     owner = image_of_caption(evalset)
     return Scored(
         evalset,
-        texts=retrieve_texts(images, texts, owner, SHOWN),
-        images=retrieve_images(images, texts, owner, SHOWN),
+        texts=exact_ranks.retrieve_texts(images, texts, owner, SHOWN),
+        images=exact_ranks.retrieve_images(images, texts, owner, SHOWN),
     )
