@@ -352,6 +352,7 @@ class TrainingRun:
             samples=self._state.step * self._config.global_batch,
             loop=asdict(self._state),
         )
+        self._metrics.store_lines()
         self._writer.begin_save(self._rank.engine.state_fragments(), progress)
 
     def _count_bad_samples(self) -> None:

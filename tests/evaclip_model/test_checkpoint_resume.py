@@ -65,7 +65,9 @@ def test_so_it_does_with_the_sigmoid_loss_a_teacher_and_captions_in_part(
     assert -10.5 < run.weights()["logit_bias"].item() != -10
 
 
-def test_checkpoints_may_lie_at_a_url(ranks, tiny_data, tmp_path):
+def test_from_checkpoints_at_a_url_a_machine_without_anything_else_goes_on(
+    ranks, tiny_data, tmp_path
+):
     store = tmp_path / "store"
     job = job_of(
         tiny_data,
@@ -79,11 +81,13 @@ def test_checkpoints_may_lie_at_a_url(ranks, tiny_data, tmp_path):
     os.kill(pids[0], signal.SIGKILL)
     ranks.wait(pids)
     before = [row["time"] for row in rows_of(job)]
+    (job.parent / "metrics.jsonl").unlink()
     rows = finish(ranks, start(ranks, 1, job), job)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["time"] for row in rows][:4] == before[:4]
     assert not (job.parent / "checkpoints").exists()
-    assert sorted(path.name for path in store.iterdir()) == ["step-00000004", "step-00000008"]
+    kept = ["metrics.jsonl", "step-00000004", "step-00000008"]
+    assert sorted(path.name for path in store.iterdir()) == kept
 
 
 def rows_of(job):

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, median
@@ -28,6 +28,7 @@ from torch.profiler import profile
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.reading.urls import open_filesystem
 from evaclip_model.training.config import METRICS_FILE, TrainConfig, TrainJob
 from evaclip_model.training.cost import peak_flops, train_flops_per_sample
 from evaclip_model.training.engine.engine import Stepped
@@ -250,6 +251,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         """Raises: InputError: events are asked for, and the package for them is not installed."""
         self._path = job.run_dir / METRICS_FILE
         self._writes = writes
+        self._stored = f"{job.checkpoints}/{METRICS_FILE}" if job.checkpoints else ""
         self._file: TextIO | None = None
         self._open_board: Any = None
         self._board: Any = None
@@ -286,13 +288,24 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             for name, value in line.items():
                 self._board.add_scalar(name, value, step, walltime=now)
 
+    def store_lines(self) -> None:
+        """Put all lines beside checkpoints at a URL, from where another machine may go on."""
+        if self._writes and self._stored and self._path.exists():
+            files = open_filesystem(self._stored)
+            files.makedirs(self._stored.rpartition("/")[0], exist_ok=True)
+            files.pipe_file(self._stored, self._path.read_bytes())
+
     def cut_back(self, step: int) -> None:
-        """Keep only the whole lines up to `step`: what came after it is done again. The next event
-        voids those of its step and later ones."""
+        """Keep only the whole lines up to `step`, here or stored by another machine: what came
+        after it is done again. The next event voids those of its step and later ones."""
         if not self._writes:
             return
         self.__exit__()
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+        if self._stored and len(lines) < step:
+            with suppress(FileNotFoundError):
+                stored = open_filesystem(self._stored).cat_file(self._stored)
+                lines = max(lines, stored.splitlines(keepends=True), key=len)
         kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
         write_atomically(self._path, b"".join(kept))
 
