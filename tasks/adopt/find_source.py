@@ -63,6 +63,8 @@ def find_source(source: AdoptedSource) -> FoundSource:
         raise InputError(f"{where}: there is no file in {source.files}")
     form = source.form or _tell_form(source, files, where)
     chosen = tuple(file for file in files if _may_be(form, file.lower()))
+    if form == "table":  # beside another table, JSON is what is said of it
+        chosen = tuple(file for file in chosen if not _is_json(file)) or chosen
     if not chosen:
         among = f"none of {len(files):,} files in {source.files}"
         raise InputError(f"{where}: {among} is of the form '{form}', the first is {files[0]}")
@@ -217,6 +219,10 @@ def _file_suffix(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in posixpath.basename(name) else ""
 
 
+def _is_json(file: str) -> bool:
+    return _file_suffix(file) == "json"
+
+
 def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
     """The form that the files have; refuse none, and two that exclude each other."""
     by_suffix: defaultdict[str, list[str]] = defaultdict(list)
@@ -228,7 +234,9 @@ def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
     images = [file for suffix in IMAGE_EXTENSIONS for file in by_suffix[suffix]]
     captions = {file.rpartition(".")[0] for end in CAPTION_EXTENSIONS for file in by_suffix[end]}
     paired = sum(file.rpartition(".")[0] in captions for file in images)
-    text = [file for file in files if text_format(file) is not None]
+    json_files = [] if paired or by_suffix["parquet"] else by_suffix["json"]
+    texts = [file for file in files if text_format(file) is not None and not _is_json(file)]
+    text = texts or json_files
     tables = text or by_suffix["parquet"]
     if packed:
         why = (
@@ -255,7 +263,7 @@ def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
         )
         why = (
             f"{source.files} holds {len(files):,} files ({', '.join(kinds)}), but no shards "
-            "(.tar), no images with captions, no table (.csv, .tsv, .jsonl) and no parquet"
+            "(.tar), no images with captions, no table (.csv, .tsv, .jsonl, .json) and no parquet"
         )
     raise InputError(f"{where}: {why}")
 

@@ -7,6 +7,7 @@ the bytes where there is none) and its caption: it stays the same wherever the s
 """
 
 import hashlib
+import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -209,13 +210,19 @@ def _row_pairs(found: FoundSource, file: str, row: _Row) -> Iterator[FoundPair |
             )
         root, written = found.source.image_root or posixpath.dirname(file), held
         held = held if is_url(held) else posixpath.join(root, held)
-        held = held if is_url(held) else posixpath.abspath(held)
+        held = held if is_url(held) else _local_path(held)
         if not _is_below(found.source.within or root, held):
             yield NoPair(where, PairFlaw.OUTSIDE_FOLDER)
             return
     origin = f"{found.name_of(file)}:{row.place.split()[1]}"
     for caption in captions or [""]:
         yield _check_pair(found, where, origin, held, caption, url, written)
+
+
+def _local_path(written: str) -> str:
+    """The absolute path; one that Windows wrote, unless there is such a file."""
+    path = posixpath.abspath(written)
+    return path if os.path.exists(path) else posixpath.abspath(written.replace("\\", "/"))
 
 
 def _is_below(folder: str, place: str) -> bool:

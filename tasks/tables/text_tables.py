@@ -1,10 +1,14 @@
-"""Rows of CSV, TSV and JSON Lines files: every value is text, a bad line costs itself.
+"""Rows of CSV, TSV, JSON Lines and JSON files: every value is text, a bad line costs itself.
 
 The rule for quotes (`quoting` says otherwise): in a CSV a value may stand in double quotes (RFC
 4180: a quote inside is doubled, a line may end inside), and a quote that is not closed within
 `MAX_LINES_OF_ROW` lines costs its line, not what follows. In a TSV, where many are written without
 any rule, a value that follows RFC 4180 is read by it, and any other quote is a character. No type
 is guessed: 1984 and 2021-03-01 are texts.
+
+A JSON file is a list of objects, or COCO's captions: a row an annotation, with what is said of its
+image. It is read into memory at once, its rows count as lines, and its name may end as that of JSON
+Lines, and theirs as its own.
 """
 
 import ast
@@ -27,11 +31,12 @@ TextFormat = Literal["csv", "jsonl"]
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 FORMATS: dict[str, TextFormat] = {
     **dict.fromkeys((".csv", ".tsv"), "csv"),
-    **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
+    **dict.fromkeys((".jsonl", ".jsonlines", ".ndjson", ".json"), "jsonl"),
 }
 FIRST_ROWS = 10_000
 """Of JSON Lines, whose rows may have any columns."""
 MAX_LINES_OF_ROW = 100
+MAX_JSON_BYTES = 1 << 29
 MAX_LINE_BYTES = 1 << 24
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BOM = b"\xef\xbb\xbf"
@@ -69,7 +74,7 @@ def read_text_table(
     columns are `column0`, `column1`, ... A file that cannot be opened or read to its end, is
     UTF-16, or has two columns of the same name is an `InputError`."""
     if kind == "jsonl":
-        yield from map(_json_row, _iterate_lines(path))
+        yield from map(_json_row, _iterate_json(path))
         return
     names: list[str] | None = None
     for line, values, flaw in _csv_rows(path, quoting):
@@ -125,26 +130,73 @@ def _file_suffix(path: str) -> str:
 _Line = tuple[int, str, LineFlaw | None]
 
 
-def _iterate_lines(path: str) -> Iterator[_Line]:
-    """(number, text without its end, what is wrong with it) of every line that is not empty."""
+def _open_text(path: str) -> io.BufferedReader:
     import pyarrow as pa  # configs import this module, and are loaded by `--help`
 
     try:
         compression = COMPRESSED.get(path[path.rfind(".") :].lower())
-        stream = pa.input_stream(open_binary(path), compression, 1 << 20)
+        return io.BufferedReader(pa.input_stream(open_binary(path), compression, 1 << 20), 1 << 20)
     except Exception as error:  # every protocol has its own kinds
         raise InputError(f"{path} cannot be opened ({shorten_error(error)})") from None
+
+
+def _torn(path: str, error: Exception) -> InputError:
+    """The sentence on a damaged compressed file, or one that its store stops giving."""
+    return InputError(f"{path} cannot be read to its end ({shorten_error(error)}): fetch it again")
+
+
+def _iterate_json(path: str) -> Iterator[_Line]:
+    """The lines of JSON Lines, or the rows of a JSON file as such lines."""
+    with _open_text(path) as reader:
+        try:
+            head = reader.peek(1 << 16).removeprefix(_BOM).lstrip()
+            if not _is_document(path, head):
+                yield from _iterate_lines(path)
+                return
+            content = reader.read(MAX_JSON_BYTES + 1)
+        except InputError:
+            raise
+        except Exception as error:
+            raise _torn(path, error) from None
+    if len(content) > MAX_JSON_BYTES:
+        raise InputError(f"{path} has more than {MAX_JSON_BYTES >> 20} MiB: write a row a line")
+    try:
+        rows = json.loads(content.removeprefix(_BOM), parse_float=str)
+        if isinstance(rows, dict):
+            images = {image["id"]: image for image in rows["images"]}
+            rows = [images.get(one.get("image_id"), {}) | one for one in rows["annotations"]]
+        if not isinstance(rows, list):
+            raise TypeError
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{path} is no table: expected a list of objects, an object a line, or COCO's images "
+            "and annotations"
+        ) from None
+    for number, row in enumerate(rows, 1):
+        yield number, json.dumps(row), None
+
+
+def _is_document(path: str, head: bytes) -> bool:
+    """Tell a JSON file from JSON Lines by its first bytes."""
+    if head.startswith(b"[") or _file_suffix(path) != ".json":
+        return head.startswith(b"[")
+    first, _, more = head.partition(b"\n")
+    with suppress(ValueError, RecursionError):
+        return "annotations" in json.loads(first) and not more.strip()
+    return True
+
+
+def _iterate_lines(path: str) -> Iterator[_Line]:
+    """(number, text without its end, what is wrong with it) of every line that is not empty."""
     limit = MAX_LINE_BYTES + 8  # with the marks at its ends
-    with io.BufferedReader(stream, 1 << 20) as reader:
+    with _open_text(path) as reader:
         for number in count(1):
             try:
                 line = rest = reader.readline(limit)
                 while len(rest) == limit and not rest.endswith(b"\n"):
                     rest = reader.readline(limit)  # it is too long whatever follows
-            except Exception as error:  # a damaged compressed file
-                raise InputError(
-                    f"{path} cannot be read to its end ({shorten_error(error)}): fetch it again"
-                ) from None
+            except Exception as error:
+                raise _torn(path, error) from None
             if not line:
                 return
             if number == 1 and line.startswith(_UTF16):

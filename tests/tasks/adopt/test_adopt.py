@@ -536,6 +536,39 @@ def test_a_parquet_row_of_any_shape_costs_itself(
     assert sorted(found.left.reasons) == expected.split()
 
 
+def test_paths_that_windows_wrote_are_found_and_lead_out_no_more_than_others(
+    tmp_path: Path,
+) -> None:
+    write_pictures(tmp_path / "in/img", range(1))
+    write_pictures(tmp_path, range(1))
+    lines = ["image,caption", "img\\0.jpg,a", "..\\0.jpg,b", "img\\9.jpg,c"]
+    (tmp_path / "in/a.csv").write_text("\n".join(lines))
+    found = inspect_source(str(tmp_path / "in/a.csv"))
+    assert found is not None
+    assert found.left.pairs == 1
+    assert found.left.reasons == {"outside_folder": 1, "missing_file": 1}
+
+
+def test_json_in_a_folder_is_a_table_only_where_no_other_is(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "a", range(2))
+    rows = [{"image": f"{number}.jpg", "caption": "x"} for number in range(2)]
+    (tmp_path / "a/captions.json").write_text(json.dumps(rows))
+    found = inspect_source(str(tmp_path / "a"))
+    assert found is not None
+    assert found.left.pairs == 2
+    (tmp_path / "a/captions.csv").write_text("image,caption\n0.jpg,y\n")
+    found = inspect_source(str(tmp_path / "a"))
+    assert found is not None
+    assert found.left.pairs == 1
+    for name in ("0.json", "0.txt", "1.txt"):
+        (tmp_path / "a" / name).write_text("{}")
+    for name in ("captions.csv", "captions.json"):
+        (tmp_path / "a" / name).unlink()
+    found = inspect_source(str(tmp_path / "a"))
+    assert found is not None
+    assert (found.form, found.left.pairs) == ("folder", 2)
+
+
 def test_json_lines_may_list_captions_and_names_may_be_no_utf8(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/names"
     os.mkdir(folder)

@@ -35,7 +35,7 @@ from tasks.evaluate.sets.convert.shard_writer import (
     encode_png,
     write_set,
 )
-from tasks.evaluate.sets.convert.source_images import image_source, walk_files
+from tasks.evaluate.sets.convert.source_images import FileFinder, image_source, walk_files
 from tasks.evaluate.sets.published_layout import open_set
 from tasks.evaluate.sets.set_registry import find_set
 
@@ -185,7 +185,7 @@ def test_a_killed_conversion_goes_on(tmp_path: Path, birds: Path) -> None:
         """
         import os, signal, sys
         from pathlib import Path
-        from tasks.evaluate.sets.convert.source_images import image_source, walk_files
+        from tasks.evaluate.sets.convert.source_images import FileFinder, image_source, walk_files
         from tasks.evaluate.sets.convert.shard_writer import write_set
         sources = [image_source(path, 0) for path in walk_files(Path(sys.argv[1]))]
         def report(done, total, detail=""):
@@ -333,6 +333,23 @@ def test_an_annotation_of_no_image_or_without_caption_is_named(
     (tmp_path / "x.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"annotation 7 of image '?1'? has no caption, or"):
         captioned_sources(tmp_path / "x.json", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_json_and_json_lines_are_told_apart_by_what_they_hold(tmp_path: Path, name: str) -> None:
+    rows = [{"path": "1.jpg", "label": "a"}, {"path": "2.jpg", "label": "b"}]
+    lines = "\n".join(map(json.dumps, rows))
+    for text in (json.dumps(rows), json.dumps(rows, indent=1), lines):
+        (tmp_path / name).write_text(text)
+        assert [row for _, row in read_rows(tmp_path / name)[1]] == rows
+
+
+def test_a_path_that_windows_wrote_is_found(tmp_path: Path) -> None:
+    save(tmp_path / "a/1.png", noise(1))
+    finder = FileFinder(tmp_path)
+    assert finder.find_file("a\\1.png", "x") == tmp_path / "a/1.png"
+    with pytest.raises(InputError, match="is not a file inside"):
+        finder.find_file("a\\..\\..\\1.png", "x")
 
 
 def test_a_table_that_is_not_utf8_says_how_to_save_it(tmp_path: Path) -> None:

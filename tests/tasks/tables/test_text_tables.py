@@ -107,6 +107,46 @@ def test_rows_of_json_lines_are_texts_and_a_bad_one_costs_itself(tmp_path: Path)
     ]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_file_is_a_table_whatever_its_name(
+    tmp_path: Path, name: str, indent: int | None
+) -> None:
+    text = json.dumps([{"image": "1.jpg", "n": 1.50}, "none", {"image": ["a"]}], indent=indent)
+    content = text.replace("1.5", "1.50").encode()
+    found = rows(written(tmp_path / name, gzip.compress(content) if ".gz" in name else content))
+    assert found[0].values == {"image": "1.jpg", "n": "1.50"}
+    assert [(row.line, row.flaw) for row in found] == [(1, None), (2, "not_json"), (3, None)]
+
+
+def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
+    for lines in ('{"a": "1"}', '{"a": "1"}\n{"a": "2"}\n'):
+        assert rows(written(tmp_path / "a.json", lines))[0].values == {"a": "1"}
+
+
+def test_cocos_captions_are_rows_with_their_images(tmp_path: Path) -> None:
+    coco = {
+        "images": [{"id": 7, "file_name": "7.jpg", "coco_url": "http://h/7.jpg"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "caption": "a cat"},
+            {"id": 2, "image_id": 8, "caption": "lost"},
+        ],
+    }
+    for indent in (None, 1):
+        first, lost = rows(written(tmp_path / "coco.json", json.dumps(coco, indent=indent)))
+        assert (first.values["file_name"], first.values["caption"]) == ("7.jpg", "a cat")
+        assert first.values["coco_url"] == "http://h/7.jpg"
+        assert "file_name" not in lost.values
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a.jpg":\n "a cat"}', "[1,", '{"images": [],\n "annotations": 1}']
+)
+def test_json_of_another_form_is_one_sentence(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match=r"a\.json is no table: expected a list of objects"):
+        rows(written(tmp_path / "a.json", text))
+
+
 def test_a_packed_table_is_read_and_a_damaged_one_is_one_sentence(tmp_path: Path) -> None:
     packed = gzip.compress(b"image,caption\n" + b"1.jpg,a cat\n" * 1000)
     assert len(rows(written(tmp_path / "a.csv.gz", packed))) == 1000

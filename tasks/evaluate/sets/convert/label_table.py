@@ -149,16 +149,21 @@ def read_rows(
 
 
 def _json_rows(listing: Path) -> list[Row]:
+    """The rows of a list of objects, or of JSON Lines, whatever the file is called."""
     text = read_text(listing)
-    if listing.suffix.lower() == ".json":
+    try:
         rows = json.loads(text)
-        if not isinstance(rows, list):
-            raise ValueError("it does not hold a list")
-        if rows and all(isinstance(row, list) for row in rows):  # ImageNet-ReaL's
-            name = "ILSVRC2012_val_{:08d}"
-            rows = [{"path": name.format(n), "labels": row} for n, row in enumerate(rows, 1)]
-    else:
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data"):
+            raise
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    if isinstance(rows, dict) and listing.suffix.lower() != ".json":
+        rows = [rows]
+    if not isinstance(rows, list):
+        raise ValueError("it does not hold a list")
+    if rows and all(isinstance(row, list) for row in rows):  # ImageNet-ReaL's
+        name = "ILSVRC2012_val_{:08d}"
+        rows = [{"path": name.format(n), "labels": row} for n, row in enumerate(rows, 1)]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise InputError(f"{listing} row {number} is not an object of columns")

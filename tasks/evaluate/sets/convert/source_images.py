@@ -134,6 +134,8 @@ class FileFinder:
         """The file called `name`; the path it should have where it is missing. Raises InputError:
         it leads out of the folder, or several files could be meant."""
         path = path_inside(self._folder, name, where)
+        if "\\" in name and not path.exists():  # as Windows wrote it
+            path = path_inside(self._folder, name.replace("\\", "/"), where)
         refuse_special(path)
         if path.exists() or path.suffix.lower() in _KNOWN_SUFFIXES or os.sep in name:
             return path
