@@ -124,7 +124,7 @@ def classify_images(
 def embed(
     inputs: Annotated[
         list[Path],
-        Argument(metavar="INPUT", help="images, folders, .tar, .csv, .tsv, .parquet, .txt"),
+        Argument(metavar="INPUT", help="images, folders, .tar, .csv, .tsv, .jsonl, .parquet, .txt"),
     ],
     model_name: ModelName,
     out: Annotated[Path, Option(metavar="DIR", help="a folder, for a parquet file a part")],

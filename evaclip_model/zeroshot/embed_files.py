@@ -43,7 +43,7 @@ rows can be encoded ends the work."""
 _IMAGES = ("image", "image_path", "path", "filepath", "file_name", "filename")
 COLUMNS = (("id", "uid", "key"), _IMAGES, ("caption", "text"))
 """Where a table's rows have their id, image and caption: the first that there is of each."""
-TABLES = (".csv", ".tsv", ".parquet", ".txt")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 _MADE_OF, _UNREADABLE = b"evaclip", ".unreadable.json"
 Flaws = list[tuple[str, str]]
 
@@ -196,7 +196,7 @@ def _read_table(table: Path) -> Iterator[Row]:
             elif not image or not isinstance(image, bytes):
                 image = "no_image" if places[1] else None if caption else "no_caption"
             yield Row(str(number if named is None else named), image, caption or None)
-    except (OSError, UnicodeError, csv.Error, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         why = f"behind row {number}: {shorten_error(error)}"
         raise InputError(f"{table} cannot be read as a table ({why})") from None
 
@@ -211,10 +211,16 @@ def _read_values(table: Path) -> Iterator[Mapping[str, Any]]:
             for batch in file.iter_batches(IMAGE_CHUNK, [group], wanted or None):
                 yield from batch.to_pylist()
         return
-    with table.open(encoding="utf-8-sig", newline="\n" if kind == ".txt" else "") as text:
-        lines = ({"caption": line.rstrip("\r\n")} for line in text)
-        delimiter = "\t" if kind == ".tsv" else ","
-        yield from lines if kind == ".txt" else csv.DictReader(text, delimiter=delimiter)
+    with table.open(encoding="utf-8-sig", newline="" if kind in (".csv", ".tsv") else "\n") as text:
+        if kind == ".jsonl":
+            for line in filter(str.strip, text):
+                if not isinstance(row := json.loads(line), dict):
+                    raise ValueError("expected an object a line")
+                yield row
+        elif kind == ".txt":
+            yield from ({"caption": line.rstrip("\r\n")} for line in text)
+        else:
+            yield from csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")
 
 
 def _write_part(

@@ -2,6 +2,7 @@
 itself alone; and tables of a size. Not here: what columns mean."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +28,11 @@ def read_parquet_rows(
     try:
         with open_binary(file) as raw:
             wanted = list(dict.fromkeys(columns))
-            for batch in pq.ParquetFile(raw).iter_batches(rows_at_once, columns=wanted):
+            parquet = pq.ParquetFile(raw, buffer_size=1 << 20)  # not a group of rows at once
+            groups = range(parquet.num_row_groups)  # each iteration holds all that it has read
+            for batch in chain.from_iterable(
+                parquet.iter_batches(rows_at_once, [group], wanted) for group in groups
+            ):
                 found = map(batch.column, columns)
                 values = [one.cast(_as_bytes(one.type)).to_pylist() for one in found]
                 for row in zip(*values, strict=True):

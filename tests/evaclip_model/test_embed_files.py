@@ -48,6 +48,7 @@ def given(tmp_path_factory, model):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    (root / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = [(root / row["path"]).read_bytes() for row in rows]
     named = {"key": [row["uid"] for row in rows], "text": [row["caption"] for row in rows]}
     images = [{"bytes": one, "path": None} for one in content]
@@ -73,6 +74,7 @@ def test_every_form_gives_the_bits_of_the_pipelines_stage(given, model, tmp_path
     sources = {
         "tars": given / "runs/download/d/shards",
         "csv": given / "table.csv",
+        "jsonl": given / "table.jsonl",
         "hub": given / "hub.parquet",
         "folder": given / "pictures",
     }
@@ -185,17 +187,22 @@ def test_where_nothing_can_be_encoded_the_work_ends_early(model, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("suffix", "content", "message"),
     [
-        (b"a,b\n1,2\n", "has columns a, b: expected one of image"),
-        (b"path\n", "is empty"),
-        (b"path\n\xff\n", r"cannot be read as a table \(behind row 0: .*UTF-8"),
+        ("csv", b"a,b\n1,2\n", "has columns a, b: expected one of image"),
+        ("csv", b"path\n", "is empty"),
+        ("csv", b"path\n\xff\n", r"cannot be read as a table \(behind row 0: .*UTF-8"),
+        ("jsonl", b"[1]\n", r"\(behind row 0: expected an object a line"),
+        ("jsonl", b'{"path": "a.jpg"}\n{"path\n', r"cannot be read as a table \(behind row 0"),
     ],
 )
-def test_a_table_that_is_none_is_refused_before_anything_is_made(content, message, model, tmp_path):
-    (tmp_path / "odd.csv").write_bytes(content)
+def test_a_table_that_is_none_is_refused_before_anything_is_made(
+    suffix, content, message, model, tmp_path
+):
+    odd = tmp_path / f"odd.{suffix}"
+    odd.write_bytes(content)
     with pytest.raises(InputError, match=message):
-        embed_inputs(model, [tmp_path / "odd.csv"], tmp_path / "out")
+        embed_inputs(model, [odd], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
