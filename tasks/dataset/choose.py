@@ -27,7 +27,7 @@ from evaclip_model.reading.samples import IMAGE_EXTENSIONS
 from evaclip_model.reading.tar_file import BrokenTar, TarReader
 from tasks.dataset.config import DatasetConfig, OutsideFiles, Seen
 from tasks.dataset.lists import SHA256, is_url, read_hashes
-from tasks.dataset.scores import count_scores, find_listed, find_low_scores, read_uids, uids_of_rows
+from tasks.dataset.scores import count_scores, find_low_scores, read_uids, uids_of_rows
 from tasks.index.perceptual_hash import Hashes, KnownHashes, hash_images, near_pairs
 from tasks.index.sample_index import Ints, Kind, SampleIndex, ShardVerdict
 
@@ -153,10 +153,10 @@ def choose_samples(
     ):
         choice.leave_out(_rows_of(index.find_samples(Kind.HASH, hashes)), reason)
     if outside.keep_uids:
-        listed = find_listed(index, read_uids(outside.keep_uids))
+        listed = index.find_listed(read_uids(outside.keep_uids))
         choice.leave_out(~listed, LeftOutReason.NOT_LISTED)
     if outside.drop_uids:
-        listed = find_listed(index, read_uids(outside.drop_uids))
+        listed = index.find_listed(read_uids(outside.drop_uids))
         choice.leave_out(listed, LeftOutReason.LISTED)
     repeated = [(Kind.UID, LeftOutReason.REPEATED_UID)]
     if config.exact_duplicates == "drop":  # the same image, as downloaded or as stored

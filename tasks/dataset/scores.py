@@ -4,13 +4,12 @@ Not here: making scores (tasks/embed), the order of the rules (choose.py).
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.urls import read_text
@@ -21,6 +20,7 @@ Scores = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 SCORE_PARTS = 80
 """Of a histogram, from -1 to 1."""
+UIDS_AT_ONCE = 1_000_000
 UidsOf = Callable[[Rows], Sequence[str]]
 """The uids of rows."""
 
@@ -70,32 +70,21 @@ def count_scores(scores: Scores, sources: Rows, count: int) -> Rows:
     return counted.reshape(count, SCORE_PARTS)
 
 
-def read_uids(files: Iterable[Path]) -> pa.Array:
-    """The uids of lists, sorted, each once: text with a uid a line, or an array of pairs of
-    64-bit numbers as DataComp publishes it (.npy), whose uid is the 32 hex digits of a pair."""
-    found: list[pa.Array] = []
+def read_uids(files: Iterable[Path]) -> Iterator[pa.Array]:
+    """The uids of lists, some at a time: text with a uid a line, or an array of pairs of 64-bit
+    numbers as DataComp publishes it (.npy), whose uid is the 32 hex digits of a pair."""
     for file in files:
         try:
             if file.suffix == ".npy":
-                found.append(_read_pairs(np.load(file, mmap_mode="r", allow_pickle=False)))
+                yield from _read_pairs(np.load(file, mmap_mode="r", allow_pickle=False))
             else:
                 lines = (line.strip() for line in read_text(file).splitlines())
-                found.append(pa.array([line for line in lines if line], pa.string()))
+                yield pa.array([line for line in lines if line], pa.string())
         except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
             raise InputError(
                 f"{file} cannot be read as a list of uids, one a line, or as DataComp's .npy of "
                 f"pairs of uint64 ({error})"
             ) from None
-    joined = pa.concat_arrays(found) if found else pa.array([], pa.string())
-    return pc.unique(joined).sort()
-
-
-def find_listed(index: SampleIndex, uids: pa.Array) -> Mask:
-    """Rows whose uid is in a list, [rows]."""
-    parts = [
-        pc.is_in(table["uid"], value_set=uids).to_numpy() for table in index.iterate_chunks("uid")
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.bool_)
 
 
 def uids_of_rows(index: SampleIndex, rows: Rows) -> list[str]:
@@ -110,9 +99,15 @@ def uids_of_rows(index: SampleIndex, rows: Rows) -> list[str]:
     return found
 
 
-def _read_pairs(pairs: npt.NDArray[np.void]) -> pa.Array:
+def _read_pairs(pairs: npt.NDArray[np.void]) -> Iterator[pa.Array]:
     names = pairs.dtype.names or ()
     if [pairs.dtype[name].str for name in names] != ["<u8"] * 2:
         raise ValueError(f"it holds {pairs.dtype}, not pairs of uint64")
-    first, second = names
-    return pa.array([f"{one[first]:016x}{one[second]:016x}" for one in pairs], pa.string())
+    digits = np.frombuffer(b"0123456789abcdef", np.uint8)
+    for start in range(0, len(pairs), UIDS_AT_ONCE):
+        numbers = np.ascontiguousarray(pairs[start : start + UIDS_AT_ONCE]).view("<u8")
+        each = numbers.astype(">u8").view(np.uint8)  # as they are written, the highest first
+        text = digits[np.stack([each >> 4, each & 15], axis=-1)].reshape(-1, 32)
+        ends = np.arange(len(text) + 1, dtype=np.int32) * 32
+        buffers = [None, pa.py_buffer(ends), pa.py_buffer(text)]
+        yield pa.Array.from_buffers(pa.string(), len(text), buffers)

@@ -150,6 +150,20 @@ class SampleIndex:
             names = [column[0] for column in found.description]
             return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
+    def find_listed(self, uids: Iterable[pa.Array]) -> npt.NDArray[np.bool_]:
+        """Tell of every row whether its uid is among `uids`, [rows]."""
+        query = "SELECT row FROM read_parquet($rows) SEMI JOIN listed USING (uid)"
+        listed = pa.table({"uid": pa.chunked_array(uids, pa.string())})
+        found = np.zeros(self.rows, dtype=np.bool_)
+        if not self.files:
+            return found
+        with open_database(self.memory_limit, self._folder) as database:
+            database.register("listed", listed)
+            result = database.execute(query, {"rows": list(map(str, self.files))})
+            for batch in result.fetch_record_batch():
+                found[batch["row"].to_numpy()] = True
+        return found
+
     def iterate_chunks(self, *columns: str) -> Iterator[pa.Table]:
         """These columns of all rows, in their order, a row group at a time."""
         for file in self.files:

@@ -58,6 +58,8 @@ def test_from_the_form_to_the_model_in_both_uis(site: Site, somebody: Person) ->
 
 
 def fill_the_form(site: Site, somebody: Person) -> None:
+    somebody.visit(site.link)
+    somebody.sees("Flow Runs")
     somebody.visit(f"{site.prefect}/deployments")
     somebody.click("//a[normalize-space()='pipeline'][contains(@href, 'deployment/')]")
     somebody.sees("Runs", "Parameters")
@@ -109,6 +111,7 @@ def read_the_summary(site: Site, somebody: Person) -> str:
 
 def follow_to_mlflow(site: Site, somebody: Person, tracked: str) -> None:
     assert tracked.startswith(site.mlflow)
+    somebody.visit(site.link_to_mlflow("experiments"))  # from now on the browser adds the secret
     somebody.visit(tracked)
     somebody.sees("pipeline demo", "Finished", "train stage1", "evaclip-demo")
     back = somebody.goes_where("//a[normalize-space()='Prefect run']")

@@ -129,6 +129,28 @@ def without(*uids: str) -> list[str]:
     return [uid for uid in ALL if uid not in uids]
 
 
+def test_lists_of_uids_keep_and_drop(verified: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "keep.txt").write_text("a5\nb0\na1\nno such uid\n")
+    (tmp_path / "drop.txt").write_text("b0\na0\n")
+    keep, drop = (tmp_path / "keep.txt",), (tmp_path / "drop.txt",)
+    for outside, left, counts in (
+        (OutsideFiles(keep_uids=keep), ["a1", "a5", "b0"], {"not_listed": 7}),
+        (
+            OutsideFiles(drop_uids=drop),
+            [*map("a{}".format, range(1, 6)), "b1", "b2", "b3"],
+            {"listed": 2},
+        ),
+        (
+            OutsideFiles(keep_uids=keep, drop_uids=drop),
+            ["a1", "a5"],
+            {"not_listed": 7, "listed": 1},
+        ),
+    ):
+        folder, made = version(verified, f"v{len(left)}", outside)
+        assert captions(folder) == [f"caption of {uid}" for uid in left]
+        assert {name: made.counts[f"left_out.{name}"] for name in counts} == counts
+
+
 def test_without_anything_to_leave_out_every_sample_is_read(verified: Artifact) -> None:
     folder, made = version(verified)
     assert uids_read(folder) == ALL

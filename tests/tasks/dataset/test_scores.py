@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import Shard
+from tasks.dataset import scores
 from tasks.dataset.choose import Choice, leave_out_low_scores
 from tasks.dataset.config import DatasetConfig, Seen
 from tasks.dataset.scores import find_low_scores, read_uids
@@ -52,21 +53,21 @@ def test_each_part_that_a_champion_judged_keeps_its_own_share():
         assert {source: sum(parts) for source, parts in counts.items()} == {"a": 6, "b": 2}
 
 
-def test_lists_of_uids_are_text_or_pairs_of_numbers(tmp_path):
+def test_lists_of_uids_are_text_or_pairs_of_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "UIDS_AT_ONCE", 2)
     text, pairs = tmp_path / "uids.txt", tmp_path / "uids.npy"
     text.write_text("b\n\na\n")
-    np.save(pairs, np.array([(1, 255), (2**64 - 1, 0)], dtype="u8,u8"))
-    assert read_uids([text, pairs]).to_pylist() == [
-        "0000000000000001" + "00000000000000ff",
-        "a",
-        "b",
-        "f" * 16 + "0" * 16,
+    np.save(pairs, np.array([(1, 255), (2**64 - 1, 0), (2**63, 2**60 + 10)], dtype="u8,u8"))
+    found = [uid for some in read_uids([text, pairs]) for uid in some.to_pylist()]
+    assert found == [
+        *("b", "a", "0000000000000001" + "00000000000000ff", "f" * 16 + "0" * 16),
+        "8000000000000000" + "100000000000000a",
     ]
-    assert read_uids([]).to_pylist() == []
+    assert not list(read_uids([]))
 
 
 @pytest.mark.parametrize("content", [np.arange(3), np.array([("a", 1)], dtype=object)], ids=str)
 def test_an_array_of_something_else_is_one_sentence(tmp_path, content):
     np.save(tmp_path / "x.npy", content, allow_pickle=True)
     with pytest.raises(InputError, match=r"x\.npy cannot be read as a list of uids"):
-        read_uids([tmp_path / "x.npy"])
+        list(read_uids([tmp_path / "x.npy"]))
