@@ -59,8 +59,6 @@ def test_from_the_form_to_the_model_in_both_uis(site: Site, somebody: Person) ->
 
 def fill_the_form(site: Site, somebody: Person) -> None:
     somebody.visit(site.link)
-    somebody.sees("Flow Runs")
-    somebody.visit(f"{site.prefect}/deployments")
     somebody.click("//a[normalize-space()='pipeline'][contains(@href, 'deployment/')]")
     somebody.sees("Runs", "Parameters")
     deployment = site.ask("deployments/name/pipeline/pipeline")["id"]
