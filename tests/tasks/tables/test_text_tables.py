@@ -143,7 +143,9 @@ def test_cocos_captions_are_rows_with_their_images(tmp_path: Path) -> None:
     "text", ['{"a.jpg":\n "a cat"}', "[1,", '{"images": [],\n "annotations": 1}']
 )
 def test_json_of_another_form_is_one_sentence(tmp_path: Path, text: str) -> None:
-    with pytest.raises(InputError, match=r"a\.json is no table: expected a list of objects"):
+    with pytest.raises(
+        InputError, match=r"a\.json does not hold a table: expected a list of objects"
+    ):
         rows(written(tmp_path / "a.json", text))
 
 
