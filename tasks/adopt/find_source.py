@@ -250,8 +250,12 @@ def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
         )
     elif paired:
         return "folder"
+    elif text:
+        return "table"
     elif tables:
-        return "table" if text else _form_of_parquet(source, tables[0], where)
+        schema = parquet_schema(tables[0], where)
+        looked_at = [schema.field(source.image)] if source.image in schema.names else schema
+        return "parquet" if any(is_image_type(field.type) for field in looked_at) else "table"
     elif images:
         why = (
             f"{len(images):,} images in {source.files}, but no captions: put NAME.txt beside "
@@ -266,12 +270,6 @@ def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
             "(.tar), no images with captions, no table (.csv, .tsv, .jsonl, .json) and no parquet"
         )
     raise InputError(f"{where}: {why}")
-
-
-def _form_of_parquet(source: AdoptedSource, file: str, where: str) -> Form:
-    schema = parquet_schema(file, where)
-    looked_at = [schema.field(source.image)] if source.image in schema.names else schema
-    return "parquet" if any(is_image_type(field.type) for field in looked_at) else "table"
 
 
 def is_image_type(kind: pa.DataType) -> bool:

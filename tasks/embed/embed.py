@@ -84,14 +84,11 @@ def embed_samples(
         )
         left = sum(sizes[number] for number in missing)
         progress = _RankProgress(total - left, total, report)
-        path = out / "job.json"
-        write_atomically(path, job.model_dump_json())
         reads = (data.resolve(), Path(model).resolve())
-        share = min(ranks, len(missing))
-        try:
-            run_ranks("tasks.embed.embed_shard", path, share, progress.look, launch, reads)
-        finally:
-            path.unlink()  # tells other machines that it is over
+        run_ranks(
+            *("tasks.embed.embed_shard", job, out / "job.json", min(ranks, len(missing))),
+            *(progress.look, launch, reads),
+        )
     if stream:
         return Made({"samples": total}, (), tuple(stream_file(folder, number) for number in sizes))
     files = [folder / f"{number:06d}.parquet" for number in used]

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from evaclip_model.zeroshot import encode_chunks as encoding
 from evaclip_model.zeroshot.embed_files import feature_columns
 from tasks.encoders.open_models import count_workers, device_of, open_subject
 from tasks.index.sample_index import SampleIndex, ShardVerdict, read_verdicts
-from tasks.process.launch import RankState, run_share, say_state
+from tasks.process.launch import RankState, run_share
 
 READ_AT_ONCE = 16 * encoding.IMAGE_CHUNK
 """Samples in memory at the same time."""
@@ -192,11 +191,5 @@ def _embed_run(
             captions.clear()
 
 
-def share_job(path: Path, rank: int, ranks: int) -> None:
-    """Do a rank's share of the job in a file."""
-    job = EmbedJob.model_validate_json(path.read_bytes())
-    embed_share(job, rank, ranks, partial(say_state, path, rank))
-
-
 if __name__ == "__main__":
-    sys.exit(run_share(share_job))
+    sys.exit(run_share(EmbedJob, embed_share))

@@ -308,11 +308,8 @@ def open_database(memory_limit: str, spill: Path) -> Iterator[duckdb.DuckDBPyCon
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
         }
-        connection = duckdb.connect(":memory:", config=settings)
-        try:
+        with duckdb.connect(":memory:", config=settings) as connection:
             yield connection
-        finally:
-            connection.close()
 
 
 def without_scheme(url: str) -> str:

@@ -37,7 +37,11 @@ def join_verifications(verified: Sequence[Artifact], out: Path, report: Report) 
         own = sample_index.read_verdicts(part.folder)
         parts.append(JoinedPart(part.digest, rows, len(verdicts)))
         rows += sum(verdict.stored for verdict in own)
-        verdicts += [_seen_from(out, part.folder, verdict) for verdict in own]
+        for verdict in own:  # with the shard's path as it is from `out`
+            location = sample_index.shard_location(part.folder, verdict.path)
+            path = sample_index.relative_path(location, out)
+            shard = verdict.shard and replace(verdict.shard, path=path)
+            verdicts.append(verdict.model_copy(update={"path": path, "shard": shard}))
     report(0, rows, "joining the indexes")
     pairs = zip(verified, parts, strict=True)
     firsts = [(part.folder, one.first_row, one.first_shard) for part, one in pairs]
@@ -56,12 +60,3 @@ def join_verifications(verified: Sequence[Artifact], out: Path, report: Report) 
 
 def read_parts(folder: Path) -> list[JoinedPart]:
     return [JoinedPart(**part) for part in json.loads((folder / PARTS).read_text())]
-
-
-def _seen_from(
-    out: Path, folder: Path, verdict: sample_index.ShardVerdict
-) -> sample_index.ShardVerdict:
-    """The verdict with the shard's path as it is from `out`."""
-    path = sample_index.relative_path(sample_index.shard_location(folder, verdict.path), out)
-    shard = verdict.shard and replace(verdict.shard, path=path)
-    return verdict.model_copy(update={"path": path, "shard": shard})

@@ -171,11 +171,6 @@ def _read_url_entry(line: str) -> list[str] | None:
     return [f"http://{url}"] if re.match(r"[\w.-]+\.\w+(?:[:/?]|$)", url) else None
 
 
-def _read_hash_entry(line: str) -> list[str] | None:
-    found = _HASH.match(line)
-    return [found[1].lower()] if found else None
-
-
 BLOCKED_TABLES: Mapping[str, EntryForm] = {
     "blocked_addresses": EntryForm(lambda lists: lists.urls, _read_url_entry, "a URL", ("url",)),
     "blocked_domains": EntryForm(
@@ -184,7 +179,9 @@ BLOCKED_TABLES: Mapping[str, EntryForm] = {
         ("domain", "host", "hostname"),
     ),
     "blocked_hashes": EntryForm(
-        *(lambda lists: lists.hashes, _read_hash_entry, "a hash in hex"),
+        lambda lists: lists.hashes,
+        lambda line: [found[1].lower()] if (found := _HASH.match(line)) else None,
+        "a hash in hex",
         ("hash", "sha256", "md5", "sha1", "phash", "sha256_hash", "md5_hash"),
     ),
 }

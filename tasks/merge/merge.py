@@ -30,7 +30,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -352,7 +351,7 @@ def _flat_counts(totals: Mapping[str, Any]) -> dict[str, int]:
 
 
 @contextmanager
-def spark_runner() -> Iterator[Callable[[Sequence[Chunk]], Iterator[int]]]:
+def spark_runner() -> Iterator[Runner]:
     """The `Runner` of a Spark session that lasts as long as the context."""
     try:
         from pyspark.errors import PySparkException
@@ -370,18 +369,18 @@ def spark_runner() -> Iterator[Callable[[Sequence[Chunk]], Iterator[int]]]:
         raise InputError(
             f"Spark does not start ({_find_cause(error)}): it needs Java 17, as JAVA_HOME or `java`"
         ) from error
+
+    def run_chunks(chunks: Sequence[Chunk]) -> Iterator[int]:
+        if chunks:  # each a task, which Spark tries again elsewhere when its worker dies
+            shared = session.sparkContext.parallelize(chunks, len(chunks))
+            yield from shared.flatMap(run_chunk).collect()
+
     try:
-        yield partial(_run_chunks, session.sparkContext)
+        yield run_chunks
     except PySparkException as error:
         raise InputError(f"Spark gave up: {_find_cause(error)}") from error
     finally:
         session.stop()
-
-
-def _run_chunks(context: Any, chunks: Sequence[Chunk]) -> Iterator[int]:
-    """Every chunk is a task of its own, which Spark tries again elsewhere when its worker dies."""
-    if chunks:
-        yield from context.parallelize(chunks, len(chunks)).flatMap(run_chunk).collect()
 
 
 def _find_cause(error: Exception) -> str:

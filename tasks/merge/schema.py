@@ -63,8 +63,11 @@ def column_map(
     for part, name in column_parts(chosen):
         where, kind = f"{file}: source '{source.name}'", published.get(name)
         if kind is None:
-            near = _suggest_column(name, published)
-            raise InputError(f"{where} has no column '{name}' for its {part}; {near}")
+            lowered = {known.lower(): known for known in published}
+            hint = f"its columns are {', '.join(published) or 'none'}"
+            for near in difflib.get_close_matches(name.lower(), lowered, n=1):
+                hint = f"did you mean '{lowered[near]}'?"
+            raise InputError(f"{where} has no column '{name}' for its {part}; {hint}")
         fits = (kind == TEXT and part in TEXTS + EITHER) or (is_number(kind) and part not in TEXTS)
         if not is_text and not fits:
             expected = "text" if part in TEXTS else "a number" + " or text" * (part in EITHER)
@@ -170,14 +173,6 @@ def column_parts(columns: ColumnMap) -> Iterator[tuple[str, str]]:
         for name in value if isinstance(value, tuple) else (value,):
             if name is not None:
                 yield part, name
-
-
-def _suggest_column(name: str, published: PublishedColumns) -> str:
-    lowered = {known.lower(): known for known in published}
-    near = difflib.get_close_matches(name.lower(), lowered, n=1)
-    if near:
-        return f"did you mean '{lowered[near[0]]}'?"
-    return f"its columns are {', '.join(published) or 'none'}"
 
 
 def _text_column(name: str | None) -> str:

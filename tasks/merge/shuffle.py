@@ -47,10 +47,6 @@ REASONS = pa.schema([("source", pa.int32()), ("reason", pa.string()), ("rows", p
 KINDS = {"keys": KEYS, "texts": TEXTS}
 
 
-def rows_per_run(partitions: int) -> int:
-    return max(ROWS_PER_RUN, ROWS_PER_PIECE * partitions)
-
-
 def write_rows(
     judged: Iterable[pa.RecordBatch], folder: Path, source: int, partitions: int
 ) -> None:

@@ -221,10 +221,14 @@ def find_tables(plan: MergePlan, folders: str, name: str = "*") -> list[str]:
     return sorted(map(str, plan.temporary.glob(f"{folders}/{name}.parquet")))
 
 
-def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
-    """(SQL of a file's numbered rows with its sidecars' columns, parameters)."""
-    added, joins = "", ""
-    parameters: dict[str, Any] = {"path": file.path}
+def scan_query(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
+    """(statement that judges every row of a file, with its sidecars' columns; its parameters)."""
+    rules, added, joins = plan.config.filters, "", ""
+    parameters = filters.rule_parameters(rules) | {
+        "path": file.path,
+        "seed": plan.config.seed,
+        "keeps_hash": bool(plan.config.hash_column),
+    }
     for number, sidecar in plan.sidecars_of(file.source):
         found = find_tables(plan, f"joined/{number}/*/file={file.number}")
         for name in map(schema.quote_identifier, sidecar.config.columns):
@@ -235,24 +239,16 @@ def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
                 f"LEFT JOIN read_parquet($files_{number}, hive_partitioning = false) "
                 f"AS sidecar_{number} ON sidecar_{number}.row_in_file = alone.file_row_number\n"
             )
-    return load_statement("rows", added=added, joins=joins), parameters
-
-
-def scan_query(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
-    """(statement that judges every row of a file, its parameters)."""
-    rows, parameters = rows_of(plan, file)
-    rules = plan.config.filters
     query = load_statement(
         "scan",
         reason=filters.reason_expression(rules),
         normalise=load_statement("normalise"),
         columns=file.columns,
-        rows=rows,
+        rows=load_statement("rows", added=added, joins=joins),
         listed=filters.listed_expression(),
         unjudged=filters.unjudged_expression(rules),
     )
-    own = {"seed": plan.config.seed, "keeps_hash": bool(plan.config.hash_column)}
-    return query, filters.rule_parameters(rules) | parameters | own
+    return query, parameters
 
 
 def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
@@ -268,7 +264,8 @@ def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> 
         query, parameters = scan_query(plan, file._replace(path=path, columns=columns))
         scanned = execute_query(connection, query, parameters)
         matched, unjudged = set[str](), Counter[str]()
-        judged = scanned.to_arrow_reader(shuffle.rows_per_run(plan.partitions))
+        rows = max(shuffle.ROWS_PER_RUN, shuffle.ROWS_PER_PIECE * plan.partitions)
+        judged = scanned.to_arrow_reader(rows)
         noted = _note_findings(judged, blocked, matched, unjudged)
         shuffle.write_rows(noted, folder, file.source, plan.partitions)
         findings = {"matched": sorted(matched), "unjudged": unjudged}

@@ -76,8 +76,11 @@ def start_supervised(
         yield process
     finally:
         _stop_supervisor(process, grace_s)
-        if process.returncode < 0:
-            _kill_marked(mark)
+        wanted = f"{MARK}={mark}".encode()
+        for environ in Path("/proc").glob("[0-9]*/environ") if process.returncode < 0 else ():
+            with suppress(OSError):  # what a killed supervisor can no longer kill
+                if wanted in environ.read_bytes().split(b"\0"):
+                    os.kill(int(environ.parent.name), signal.SIGKILL)
 
 
 def _stop_supervisor(process: subprocess.Popen[bytes], grace_s: float) -> None:
@@ -93,12 +96,3 @@ def _stop_supervisor(process: subprocess.Popen[bytes], grace_s: float) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _kill_marked(mark: str) -> None:
-    """Kill what a killed supervisor can no longer kill."""
-    wanted = f"{MARK}={mark}".encode()
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):
-            if wanted in environ.read_bytes().split(b"\0"):
-                os.kill(int(environ.parent.name), signal.SIGKILL)

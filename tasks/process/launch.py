@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import TimeoutExpired
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -275,6 +275,9 @@ def _require_program(launcher: str, program: str) -> None:
         )
 
 
+Work = TypeVar("Work", bound=Config)
+
+
 class RankState(Config):
     """Progress of a rank, for whoever started it."""
 
@@ -287,25 +290,22 @@ class RankState(Config):
     """Of what its device can compute, where that is known."""
 
 
-def say_state(job: Path, rank: int, state: RankState) -> None:
-    """Leave a rank's state beside its job."""
-    file = job.with_name(f"state-{rank}.json")
-    write_atomically(file, state.model_dump_json(), sync=False)
-
-
 def run_ranks(
     module: str,
+    work: Config,
     job: Path,
     ranks: int,
     watch: Callable[[Sequence[RankState]], None],
     launch: RankLaunch | None = None,
     reads: tuple[Path, ...] = (),
 ) -> None:
-    """Run every rank to its end, whether it succeeds or fails, its log beside the job; InputError
+    """Run every rank to its end, whether it succeeds or fails, its log beside the file `job`, which
+    tells them the `work` and other machines, while it is there, that it is not over; InputError
     with the sentence of one that gave up. `watch` gets their states while they work, and at the
     end. A `launch` over machines starts its own number of ranks; `reads` must be mounted there."""
     for old in (*job.parent.glob("state-*.json"), *job.parent.glob("message-*.txt")):
         old.unlink()
+    write_atomically(job, work.model_dump_json())
 
     def look() -> None:
         states = sorted(job.parent.glob("state-*.json"))
@@ -313,16 +313,19 @@ def run_ranks(
         for message in sorted(job.parent.glob("message-*.txt")):
             raise InputError(message.read_text())
 
-    if launch is None or launch.is_local:
-        _run_here(module, job, ranks, look)
-    else:
-        log = job.with_name(LOG)
-        over = f"[ ! -e {shlex.quote(str(job))} ]"
-        command = start_command(launch, Program(module, job, log, reads, over), launch.ranks)
-        run_supervised(
-            command, log=log, grace_s=LAUNCHED_GRACE_S, poll=look, poll_s=LAUNCHED_POLL_S
-        )
-    look()
+    try:
+        if launch is None or launch.is_local:
+            _run_here(module, job, ranks, look)
+        else:
+            log = job.with_name(LOG)
+            over = f"[ ! -e {shlex.quote(str(job))} ]"
+            command = start_command(launch, Program(module, job, log, reads, over), launch.ranks)
+            run_supervised(
+                command, log=log, grace_s=LAUNCHED_GRACE_S, poll=look, poll_s=LAUNCHED_POLL_S
+            )
+        look()
+    finally:
+        job.unlink()
 
 
 def _run_here(module: str, job: Path, ranks: int, look: Callable[[], None]) -> None:
@@ -342,13 +345,20 @@ def _run_here(module: str, job: Path, ranks: int, look: Callable[[], None]) -> N
             look()
 
 
-def run_share(work: Callable[[Path, int, int], None]) -> int:
-    """Main program of a rank, which gets the job, its number and how many there are: its exit
-    status, 2 after a user's mistake."""
+def run_share(
+    form: type[Work], do_share: Callable[[Work, int, int, Callable[[RankState], None]], None]
+) -> int:
+    """Main program of a rank, which gets the work, its number, how many there are, and what says
+    how far it is: its exit status, 2 after a user's mistake."""
     job, place = Path(sys.argv[1]), {**os.environ, **place_from_slurm(os.environ)}
     rank = int(place["RANK"])
+
+    def say(state: RankState) -> None:
+        file = job.with_name(f"state-{rank}.json")
+        write_atomically(file, state.model_dump_json(), sync=False)
+
     try:
-        work(job, rank, int(place["WORLD_SIZE"]))
+        do_share(form.model_validate_json(job.read_bytes()), rank, int(place["WORLD_SIZE"]), say)
     except InputError as error:
         write_atomically(job.with_name(f"message-{rank}.txt"), str(error))
         return 2

@@ -16,7 +16,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -30,7 +29,11 @@ def supervise_command(command: list[str], grace_s: float) -> int:
     signals = _SignalPipe()
     _call_prctl(PR_SET_CHILD_SUBREAPER, 1)
     child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_supervisor
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        # Safe here, unlike in a flow: with one thread, the signal means the supervisor's death.
+        preexec_fn=lambda: _call_prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
     )
     stdin = sys.stdin.fileno()
     stopping = False
@@ -60,7 +63,8 @@ class _SignalPipe:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in (*STOP_SIGNALS, signal.SIGCHLD):
-            signal.signal(number, _note_signal)
+            # The pipe carries the news; a handler only keeps the default action away.
+            signal.signal(number, lambda *_: None)
 
     def take_stop(self) -> bool:
         with suppress(BlockingIOError):
@@ -69,18 +73,9 @@ class _SignalPipe:
         return False
 
 
-def _note_signal(number: int, frame: FrameType | None) -> None:
-    """The wake-up pipe carries the news; a handler only keeps the default action away."""
-
-
 def _call_prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
-
-
-def _die_with_supervisor() -> None:
-    # Safe here, unlike in a flow: the supervisor has one thread, so the signal means its death.
-    _call_prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

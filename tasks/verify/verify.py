@@ -406,8 +406,7 @@ class VerifyJob(Config):
 def main(job: VerifyJob) -> None:
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(job.processes, mp_context=context) as pool:
-        begun = [pool.submit(_verify_one, job.config, one) for one in job.shards]
-        for shard in as_completed(begun):
+        for shard in as_completed(pool.submit(_verify_one, job.config, one) for one in job.shards):
             shard.result()
 
 

@@ -41,7 +41,7 @@ from tasks.evaluate.encode.encode_features import (
     write_block,
 )
 from tasks.evaluate.sets.published_layout import EvalSet
-from tasks.process.launch import RankState, run_ranks, run_share, say_state
+from tasks.process.launch import RankState, run_ranks, run_share
 from tasks.progress import Report
 
 MAX_IDLE_STARTS = 2
@@ -156,14 +156,10 @@ class Features:
         if ranks == 1 and job.device == "cpu" and launch.is_local:
             do_share(job, 0, 1, lambda said: watch([said]))
             return
-        path = folder / "job.json"
-        write_atomically(path, job.model_dump_json(indent=1))
         tars = {one.samples[0].image.tar.resolve() for one in self.sets.values()}
         reads = (self.cache.root.resolve(), *sorted(tars))
-        try:
-            run_ranks("tasks.evaluate.encode.distributed", path, ranks, watch, launch, reads)
-        finally:
-            path.unlink()  # tells other machines that it is over
+        module, path = "tasks.evaluate.encode.distributed", folder / "job.json"
+        run_ranks(module, job, path, ranks, watch, launch, reads)
 
     def image_features(self, model: str, name: str) -> Tensor:
         """Unit features of all images of a set [N, D]; RuntimeError if they are not all there."""
@@ -312,11 +308,5 @@ def _load_pixels(images: ImageList, transform: Callable[[Image.Image], Tensor], 
     )
 
 
-def share_job(path: Path, rank: int, ranks: int) -> None:
-    """Do a rank's share of the job in a file."""
-    job = EncodeJob.model_validate_json(path.read_text())
-    do_share(job, rank, ranks, partial(say_state, path, rank))
-
-
 if __name__ == "__main__":
-    sys.exit(run_share(share_job))
+    sys.exit(run_share(EncodeJob, do_share))

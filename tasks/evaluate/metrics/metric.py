@@ -487,11 +487,6 @@ def define_worst_group(k: int) -> Metric:
     )
 
 
-def _mean_of_top1_and_top5(scored: Scored, ties: Ties) -> Tensor:
-    ranks = _resolve_ranks(scored.classes, ties)
-    return ((ranks < 1).double() + (ranks < 5).double()) / 2
-
-
 METRICS: tuple[Metric, ...] = (
     define_top(1, printed_for="top1", column="{column}", headline=1),
     define_top(5),
@@ -499,7 +494,9 @@ METRICS: tuple[Metric, ...] = (
         name="kinetics_mean",
         title="mean of top-1 and top-5",
         kind="classification",
-        per_sample=_mean_of_top1_and_top5,
+        per_sample=lambda scored, ties: (
+            torch.stack([_resolve_ranks(scored.classes, ties) < k for k in (1, 5)]).double().mean(0)
+        ),
         chance=lambda evalset: sum(min(1.0, k / len(evalset.classnames)) for k in (1, 5)) / 2,
         printed_for="kinetics_mean",
         column="{column}",
