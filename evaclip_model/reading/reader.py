@@ -55,8 +55,6 @@ _GO = b"."
 
 
 class Origin(NamedTuple):
-    """Origin of a sample of a batch."""
-
     shard: str
     """Path of its tar, relative to the manifest."""
     key: str

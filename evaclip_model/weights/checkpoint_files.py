@@ -155,8 +155,6 @@ Download = Callable[[str, Path], Path]
 
 
 class Reference(Config):
-    """Place of a model's weights."""
-
     uri: str
     """`file:///…`, or a URI of an object store."""
     size: int = Field(gt=0)

@@ -22,7 +22,6 @@ from evaclip_model.weights.tensor_files import SLAB_BYTES, StoredTensor, read_sa
 MANIFEST = "manifest.json"
 VERSION = 2
 """Of the form; a manifest without one is of the first."""
-"""Read or written at once."""
 
 
 class UnusableCheckpoint(ValueError):
@@ -215,7 +214,6 @@ def _crc_of(content: Mapping[str, Any]) -> int:
 
 
 def step_name(step: int) -> str:
-    """Name of a checkpoint's folder."""
     return f"step-{step:08d}"
 
 

@@ -52,8 +52,6 @@ _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
 class Leftover(NamedTuple):
-    """A file or a folder that nothing needs."""
-
     path: Path
     why: str
     is_manifest_kept: bool = False

@@ -39,8 +39,6 @@ ELSEWHERE = ("slurm", "kubernetes", "external", "deepspeed")
 
 
 class PlanRow(NamedTuple):
-    """One stage of the plan."""
-
     title: str
     state: str
     """"there", "unfinished" or "to make"."""
@@ -106,8 +104,6 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources of this machine."""
-
     cores: int
     memory_bytes: int
     free_bytes: int

@@ -173,8 +173,6 @@ def _write_tar(tar: Path, pairs: Sequence[FoundPair], first: int) -> None:
 
 @dataclass
 class SourceInspection:
-    """The content of the files of one pattern."""
-
     form: Form
     files: int
     read_files: int

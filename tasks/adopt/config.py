@@ -47,8 +47,6 @@ class AdoptedSource(Config):
 
 
 class AdoptConfig(Config):
-    """The `[adopt]` table."""
-
     sources: tuple[AdoptedSource, ...] = Field(min_length=1, max_length=32)
     """Collections, in order."""
     samples_per_shard: int = Field(1_000, gt=0, le=100_000)

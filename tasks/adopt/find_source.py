@@ -40,8 +40,6 @@ _LOOKED_AT = 200
 
 @dataclass(frozen=True)
 class FoundSource:
-    """A source's files, and what they are."""
-
     source: AdoptedSource
     form: Form
     base: str

@@ -59,8 +59,6 @@ class PairFlaw(StrEnum):
 
 
 class FoundPair(NamedTuple):
-    """An image with its caption, as found."""
-
     image: bytes
     extension: str
     """One of `EXTENSIONS`."""

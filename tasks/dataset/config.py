@@ -110,8 +110,6 @@ class ScoreRules(Config):
 
 
 class DatasetConfig(ScoreRules):
-    """The `[dataset]` table."""
-
     ADDED: ClassVar[tuple[str, ...]] = (
         *("keep_uids", "drop_uids", *ScoreRules.ADDED),
         *("semantic_duplicates", "near_evaluation", "validation_share"),

@@ -32,8 +32,6 @@ length), similarity (float32: their product before they were rounded). Flawed sa
 
 
 class EmbedConfig(Config):
-    """The `[embed]` table."""
-
     models: tuple[str, ...] = Field(min_length=1)
     """What opens them, as `score` takes it: a saved model's folder, `models:/NAME@ALIAS`,
     `FILE:ARCHITECTURE`, `open_clip:NAME/WEIGHTS`. The first one's similarity is a sample's score.

@@ -19,8 +19,6 @@ Vector = npt.NDArray[np.float32]
 
 
 class Wanted(NamedTuple):
-    """Bounds of what is to be found."""
-
     most: int = 10
     source: str = ""  # any
     min_score: float = -1.0
@@ -29,8 +27,6 @@ class Wanted(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """A sample that was found."""
-
     likeness: float
     """Cosine of the angle between its feature and the query."""
     folder: Path

@@ -135,7 +135,6 @@ def count_workers(workers: int | None, device: str) -> int:
 
 
 def files_of(spec: str) -> list[Path]:
-    """The files of a model that are on this machine."""
     if library := _find_library(spec):
         return library.list_files(spec.partition(":")[2])
     path = _split_spec(spec)[0]

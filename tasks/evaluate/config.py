@@ -133,8 +133,6 @@ class ProbeConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """The `[evaluate]` table."""
-
     REMOVED: ClassVar[Mapping[str, str]] = {
         "batch_size": "the model sees chunks of one size, so that none decides a figure"
     }

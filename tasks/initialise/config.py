@@ -16,8 +16,6 @@ STAGE = Stage("initialise", 1, tools=("torch", "safetensors"), ignores=("origins
 
 
 class InitialiseConfig(Config):
-    """The `[initialise]` table of a recipe."""
-
     ADDED: ClassVar[tuple[str, ...]] = ("context_length",)
 
     model: str

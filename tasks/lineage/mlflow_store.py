@@ -232,8 +232,6 @@ class TrackedRun:
 
 
 class PipelineRun(TrackedRun):
-    """The parent run of one execution of a flow."""
-
     def __init__(self, tracking: Tracking, shipper: Shipper, name: str) -> None:
         super().__init__(tracking, shipper, PIPELINE, name)
 
@@ -259,8 +257,6 @@ class PipelineRun(TrackedRun):
 
 
 class StageRun(TrackedRun):
-    """The run of one stage."""
-
     def record_artifact(
         self,
         artifact: Artifact,

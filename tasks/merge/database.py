@@ -124,7 +124,6 @@ def execute_query(
 
 
 def copy_statement(query: str, options: str) -> str:
-    """COPY the rows of a query to the parameter `$target`."""
     return f"COPY ({query}) TO $target (FORMAT parquet, {options})"
 
 

@@ -433,8 +433,6 @@ def pairs_statement(most_words: int) -> str:
 
 
 class ColumnSummary(NamedTuple):
-    """One column over the files that were read."""
-
     name: str
     kind: str
     """The database's type."""

@@ -69,8 +69,6 @@ SAMPLED_ROWS = 1_000_000
 
 
 class Phase(NamedTuple):
-    """Units of one kind."""
-
     units: Callable[[MergePlan], int]
     make: Callable[..., None]
     """Called with connection, plan, the unit's number, and its own folder where there is one."""

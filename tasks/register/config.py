@@ -60,8 +60,6 @@ class GatePolicy(Config):
 
 
 class RegisterConfig(Config):
-    """Name and aliases of the registered model."""
-
     model_config = ConfigDict(protected_namespaces=())
 
     model_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

@@ -59,15 +59,11 @@ class _Judged(Config):
 
 
 class Champion(_Judged):
-    """The model in use."""
-
     version: int
     """In the registry."""
 
 
 class Candidate(_Judged):
-    """The model that may replace it."""
-
     headlines: tuple[str, ...]
     """Metrics that are judged in every set that has them, beside those that the policy names."""
     gains: dict[str, Gain] = Field(default_factory=dict)
@@ -79,8 +75,6 @@ class Candidate(_Judged):
 
 
 class GateReason(Config):
-    """The verdict of one rule."""
-
     rule: str
     outcome: GateOutcome
     says: str
@@ -104,7 +98,6 @@ class Decision(Config):
         return f"{self.outcome.upper()}: {'; '.join(deciding)}"
 
     def to_markdown(self, name: str) -> str:
-        """The decision on the version `name` as a page."""
         against = f"version {self.champion}" if self.champion is not None else "no champion"
         table = Table.of("rule", words("says"), words("why"))
         for one in self.reasons:

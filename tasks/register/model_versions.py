@@ -29,8 +29,6 @@ _MODELS = "models:/"
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """A version of a registered model."""
-
     name: str
     version: int
     tracking_uri: str
@@ -108,7 +106,6 @@ def resolve_version(client: MlflowClient, model: str) -> ModelVersion:
 
 
 def describe_version(tracking_uri: str, model: str) -> Described:
-    """The version that a person names."""
     with open_registry(tracking_uri) as (store, client):
         return _make_description(store, client, resolve_version(client, model))
 

@@ -44,8 +44,6 @@ How = Literal["gate", "approval", "command", "force", "rollback", "outside"]
 
 @dataclass(frozen=True)
 class Move:
-    """An alias was given to a version."""
-
     at: str
     """UTC, ISO 8601."""
     version: int
@@ -215,7 +213,6 @@ def waits_for(
 
 
 def is_unsettled(store: TrackingStore, config: RegisterConfig, folder: Path) -> bool:
-    """Tell whether the registration in `folder` waits for something."""
     version = int(json.loads((folder / REGISTERED).read_text())["version"])
     return waits_for(store, config, version, read_decision(folder)) is not Waiting.NOTHING
 
@@ -233,13 +230,11 @@ def write_decision(
 
 
 def read_decision(folder: Path) -> Decision:
-    """The decision in the folder of a registration."""
     path = folder / DECISION
     return Decision.from_mapping(json.loads(path.read_text()), where=str(path))
 
 
 def decline_version(store: TrackingStore, name: str, version: int, by: str, why: str) -> None:
-    """Record that a person refused the version."""
     _write_tags(store, name, version, {DECLINED_TAG: f"{by}: {why}"})
 
 
@@ -250,7 +245,6 @@ def _write_tags(store: TrackingStore, name: str, version: int, tags: Mapping[str
 
 
 def standing_of(store: TrackingStore, name: str, version: int) -> Standing:
-    """A version as the registry describes it."""
     with store.connect() as client:
         return _read_standing(_get_version(client, name, version))
 

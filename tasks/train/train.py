@@ -131,8 +131,6 @@ class TrainingCrashed(RuntimeError):
 
 
 class Inputs(NamedTuple):
-    """The model and the data that a training stage reads."""
-
     start_from: Path
     """Folder of the model to start from."""
     shards: Path

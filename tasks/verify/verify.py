@@ -48,8 +48,6 @@ _VERDICT = b"verdict"
 
 
 class ShardJob(Config):
-    """One shard to verify."""
-
     location: str
     """Path or URL; our downloader's table and statistics lie beside it or not at all."""
     size: int | None

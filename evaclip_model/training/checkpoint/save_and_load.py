@@ -433,7 +433,6 @@ def save_models(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` as indented JSON, never seen half-written."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 

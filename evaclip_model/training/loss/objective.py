@@ -119,7 +119,6 @@ class SigmoidObjective(Objective):
 
 
 def make_objective(config: TrainConfig) -> Objective:
-    """The objective of a training stage."""
     module, _, name = OBJECTIVES[config.objective].partition(":")
     objective: Objective = getattr(import_module(module), name)(config)
     return objective

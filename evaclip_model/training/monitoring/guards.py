@@ -34,8 +34,6 @@ class Diverged(RuntimeError):
 
 
 class StepVerdict(Enum):
-    """The guards' decision on a step."""
-
     TAKE = "take"
     DISCARD = "discard"
     ROLL_BACK = "roll back"

@@ -239,7 +239,6 @@ def step_metrics(
 
 
 def is_straggler(slowest_s: float, median_s: float) -> bool:
-    """True when one rank keeps the others waiting."""
     return math.isfinite(slowest_s) and slowest_s > STRAGGLER_RATIO * median_s
 
 

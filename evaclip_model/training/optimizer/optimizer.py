@@ -76,7 +76,6 @@ def parameter_groups(shapes: Iterable[tuple[str, torch.Size]], config: TrainConf
 
 
 def tower_of(name: str) -> Tower:
-    """The tower a parameter belongs to."""
     if name.startswith("visual."):
         return "vision"
     return "text" if name.startswith("text.") else "other"
@@ -117,8 +116,6 @@ BATCH = 1 << 27
 
 
 class LambPart(NamedTuple):
-    """Parameters that are stepped alike."""
-
     params: Sequence[Tensor]
     lr: float
     weight_decay: float

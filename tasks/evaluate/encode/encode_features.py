@@ -114,7 +114,6 @@ class ImageBlock(NamedTuple):
 
 
 def image_blocks(folder: Path, images: int) -> list[ImageBlock]:
-    """The blocks of a set of so many images."""
     rows = [range(images)[at : at + IMAGE_BLOCK] for at in range(0, images, IMAGE_BLOCK)]
     return [ImageBlock(folder / f"{one.start:09d}-{len(one)}{SUFFIX}", one) for one in rows]
 

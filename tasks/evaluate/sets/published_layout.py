@@ -495,7 +495,6 @@ def _compare_with_known(classnames: Sequence[str], known: KnownSet | None) -> It
 
 
 def _count_odd(items: Sequence[str], what: str) -> Iterator[str]:
-    """A sentence on how many there are, with examples; none where there are none."""
     if items:
         more = f" and {len(items) - SHOWN:,} more" if len(items) > SHOWN else ""
         yield f"{len(items):,} {what}: {', '.join(items[:SHOWN])}{more}"
