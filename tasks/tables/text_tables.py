@@ -169,8 +169,8 @@ def _iterate_json(path: str) -> Iterator[_Line]:
             raise TypeError
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise InputError(
-            f"{path} does not hold a table: expected a list of objects, an object a line, or COCO's images "
-            "and annotations"
+            f"{path} does not hold a table: expected a list of objects, an object a line, or "
+            "COCO's images and annotations"
         ) from None
     for number, row in enumerate(rows, 1):
         yield number, json.dumps(row), None
