@@ -24,8 +24,6 @@ from evaclip_model.reading.urls import read_text
 # torch and what needs it are imported by the commands: it is slow, and neither the help nor most
 # mistakes need it.
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from evaclip_model.model.clip import EvaClip
 
 MOST_NAMED = 10
@@ -104,12 +102,16 @@ def classify_images(
         raise InputError(f"template '{template}' must hold '{{}}' once, where the label goes")
 
     from evaclip_model.zeroshot.encode_chunks import image_features, image_files
+    from evaclip_model.zeroshot.exact_ranks import encode_texts
 
     files = image_files(images)
     model = open_named_model(model_name, weights, device, precision)
     said = _Progress("images", len(files))
     read, features, unreadable = image_features(model, files, batch_size, said)
-    shares = compute_label_probabilities(model, features, labels, template)
+    captions, home = [template.replace("{}", label) for label in labels], model.logit_scale.device
+    length = model.config.text.context_length
+    texts = encode_texts(model, captions, context_length=length, device=str(home))
+    shares = model.compute_probabilities((features @ texts.T).to(home)).detach().cpu()
     if files == [images]:
         for share, label in sorted(zip(shares[0].tolist(), labels, strict=True))[::-1]:
             print(f"{share:7.1%}  {label}")
@@ -271,19 +273,6 @@ def open_named_model(name: str, weights: Path | None, device: str, precision: Pr
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         first = str(error).splitlines()[0]
         raise InputError(f"--device {device} cannot be used here ({first})") from None
-
-
-def compute_label_probabilities(
-    model: EvaClip, images: Tensor, labels: Sequence[str], template: str
-) -> Tensor:
-    """Probabilities [N, L] of labels for image features [N, E]."""
-    from evaclip_model.zeroshot.exact_ranks import encode_texts
-
-    captions = [template.replace("{}", label) for label in labels]
-    device, length = str(model.logit_scale.device), model.config.text.context_length
-    texts = encode_texts(model, captions, context_length=length, device=device)
-    cosines = (images @ texts.T).to(model.logit_scale.device)
-    return model.compute_probabilities(cosines).detach().cpu()
 
 
 def _warn_of_unreadable(unreadable: Iterator[tuple[object, str]], readable: int) -> int:

@@ -30,7 +30,7 @@ from evaclip_model.ports import find_free_port
 from evaclip_model.training.config import RANK_STORE
 from evaclip_model.training.worker import place_from_slurm
 from tasks.process.child import run_supervised, start_supervised
-from tasks.process.cluster import CLUSTERS, Kind, Program, job_name, job_script
+from tasks.process.cluster import CLUSTERS, Program, job_name, job_script
 
 WORKER = "evaclip_model.training.worker"
 CLUSTER_LOOK_S = 10.0
@@ -154,7 +154,15 @@ def start_command(launch: RankLaunch, program: Program, ranks: int) -> list[str]
                 _require_program("deepspeed", "pdsh")
             return deepspeed_command(program, launch.hostfile, hosts, find_free_port())
         case "slurm" | "kubernetes" as kind:
-            return _submission_command(kind, launch, program)
+            cluster = CLUSTERS[kind]
+            for tool in sorted(cluster.tools):
+                _require_program(kind, tool)
+            template = launch.job_template or cluster.template
+            script, name = folder / cluster.script, job_name(folder)
+            text = job_script(template, program, ranks=launch.ranks, nodes=launch.nodes)
+            write_atomically(script, text)
+            submit = [sys.executable, "-m", "tasks.process.cluster"]
+            return [*submit, kind, str(script), name, str(CLUSTER_LOOK_S)]
 
 
 def torchrun_command(program: Program, launch: RankLaunch, ranks: int) -> list[str]:
@@ -253,18 +261,6 @@ def rank_environment(
         # torchrun would else open a TCPStore, on all networks, for the ranks to use
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-
-
-def _submission_command(kind: Kind, launch: RankLaunch, program: Program) -> list[str]:
-    cluster, folder = CLUSTERS[kind], program.job.parent
-    for tool in sorted(cluster.tools):
-        _require_program(kind, tool)
-    template = launch.job_template or cluster.template
-    text = job_script(template, program, ranks=launch.ranks, nodes=launch.nodes)
-    script, name = folder / cluster.script, job_name(folder)
-    write_atomically(script, text)
-    submit = [sys.executable, "-m", "tasks.process.cluster"]
-    return [*submit, kind, str(script), name, str(CLUSTER_LOOK_S)]
 
 
 def _require_program(launcher: str, program: str) -> None:

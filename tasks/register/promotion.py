@@ -82,7 +82,14 @@ def require_champion(store: TrackingStore, name: str, alias: str) -> Standing | 
     with store.connect() as client:
         last = _find_last_holder(client, name, alias)
         if last is None:
-            _refuse_renamed(client, name)
+            mark = f"tags.`{NAME_TAG}` = '{name}'"
+            for model in read_all_pages(client.search_registered_models, mark):
+                if model.name != name:
+                    raise InputError(
+                        f"somebody renamed '{name}' to '{model.name}' in the registry: rename it "
+                        "back, so that a candidate is compared with its champion, or begin anew "
+                        "under another register.model_name"
+                    )
             if not (logged := _find_logged_models(client, f"{HISTORY_TAG}.{alias}", name)):
                 return None
             raise InputError(
@@ -100,16 +107,6 @@ def require_champion(store: TrackingStore, name: str, alias: str) -> Standing | 
         f"no version of '{name}' is {alias}, but version {last} was, until somebody deleted "
         f"{gone}: {back}, or begin anew under another register.model_name"
     )
-
-
-def _refuse_renamed(client: MlflowClient, name: str) -> None:
-    for model in read_all_pages(client.search_registered_models, f"tags.`{NAME_TAG}` = '{name}'"):
-        if model.name != name:
-            raise InputError(
-                f"somebody renamed '{name}' to '{model.name}' in the registry: rename it back, so "
-                "that a candidate is compared with its champion, or begin anew under another "
-                "register.model_name"
-            )
 
 
 def history(store: TrackingStore, name: str, alias: str) -> list[Move]:

@@ -141,7 +141,11 @@ class Engine:
             masters = [fragment.tensors["param"] for fragment in self._fragments]
             torch._foreach_lerp_(means, masters, 1 - self._config.ema_decay)
         clipped = limit is not None and norm > limit
-        trust = _summarise_trust(self._optimizer, self._groups)
+        ratios: dict[str, list[float]] = {}
+        for group, found in zip(self._groups, self._optimizer.trust_ratios(), strict=True):
+            if found:
+                ratios.setdefault(group.tower, []).extend(found)
+        trust = {tower: (min(all_), median(all_), max(all_)) for tower, all_ in ratios.items()}
         return Stepped(skipped=False, loss_scale=scale, clipped=clipped, trust=trust)
 
     def discard_gradient(self) -> None:
@@ -393,16 +397,6 @@ def _prepare_model(
     }
     model.to(dtype)  # into new storage: the old stays with `exact`
     return groups, named, exact
-
-
-def _summarise_trust(
-    optimizer: optim.Lamb, groups: Sequence[optim.Group]
-) -> dict[str, tuple[float, float, float]]:
-    ratios: dict[str, list[float]] = {}
-    for group, found in zip(groups, optimizer.trust_ratios(), strict=True):
-        if found:
-            ratios.setdefault(group.tower, []).extend(found)
-    return {tower: (min(all_), median(all_), max(all_)) for tower, all_ in ratios.items()}
 
 
 def _compute_norms(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, float]:

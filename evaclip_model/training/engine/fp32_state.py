@@ -158,7 +158,10 @@ class Copied(Fp32State):
         whole = [Master(name, 0, master, 0, master.numel()) for name, master in masters.items()]
         self._named = named
         self._sums: dict[str, Tensor] = {}
-        owners = _assign_owners([master.size for master in whole], dist.get_world_size())
+        # About as much for each rank: neighbours stay together.
+        *before, total = accumulate((master.size for master in whole), initial=0)
+        ranks = dist.get_world_size()
+        owners = [min(ranks - 1, size * ranks // max(1, total)) for size in before]
         self.copies = list(zip(whole, owners, strict=True))
         self.held = [master for master, owner in self.copies if owner == dist.get_rank()]
         scaling = getattr(optimizer, "loss_scale_config", None)
@@ -234,9 +237,3 @@ def make_layout(parameters: Sequence[Any], whole: Tensor, flat: Tensor, ranks: A
     if covered.tolist() != [parameter.numel() for parameter in parameters]:
         raise RuntimeError("DeepSpeed's fp32 masters do not cover every parameter once")
     return Layout(tuple(pieces), None if dist.get_world_size(ranks) == 1 else ranks)
-
-
-def _assign_owners(sizes: Sequence[int], ranks: int) -> list[int]:
-    """A rank for each of a row of tensors, so that all have about as much: neighbours stay."""
-    *before, total = accumulate(sizes, initial=0)
-    return [min(ranks - 1, size * ranks // max(1, total)) for size in before]

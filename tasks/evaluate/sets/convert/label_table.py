@@ -103,15 +103,11 @@ def read_label_table(
         words_of.setdefault(path, {}).update(dict.fromkeys(words))
     if not words_of:
         raise InputError(f"{listing} has no row")
-    every = indicators or {word for words in words_of.values() for word in words}
+    every = sorted(indicators or {word for words in words_of.values() for word in words})
+    if all(map(is_number, every)):
+        every.sort(key=int)  # equal numbers stay in the order of text
     labelled = [image_source(path, tuple(words)) for path, words in words_of.items()]
-    return LabelTable(labelled, _sort_words(every), several)
-
-
-def _sort_words(words: Iterable[str]) -> list[str]:
-    """Words in the order of text; numbers by number, equal ones told apart as text."""
-    listed = sorted(words)
-    return sorted(listed, key=int) if all(map(is_number, listed)) else listed
+    return LabelTable(labelled, every, several)
 
 
 def read_rows(

@@ -96,17 +96,14 @@ def find_videos(root: Path, listing: Path | None = None) -> LabelTable:
         for path, word in found
     ]
     images += [Source(name, partial(_fail_with, why)) for name, why in missing]
-    return LabelTable(images, classes, display_names=_spoken_names(spoken))
+    # The first file of a class that is called as UCF-101's are says how the class is spoken.
+    known = [(_UCF_FILE.match(stem), word) for stem, word in sorted(spoken, reverse=True)]
+    names = {word: _BEFORE_CAPITAL.sub(" ", match[1]) for match, word in known if match}
+    return LabelTable(images, classes, display_names=names)
 
 
 def _folder_of(path: Path, root: Path) -> str:
     return path.relative_to(root).parts[0]
-
-
-def _spoken_names(stems: list[tuple[str, str]]) -> dict[str, str]:
-    """Class -> its name in the first of its files that is called as UCF-101's are."""
-    found = [(_UCF_FILE.match(stem), word) for stem, word in sorted(stems, reverse=True)]
-    return {word: _BEFORE_CAPITAL.sub(" ", match[1]) for match, word in found if match}
 
 
 def _read_frame(path: Path) -> Found:
