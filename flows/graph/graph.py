@@ -40,7 +40,7 @@ from flows.graph.outside_data import (
     hash_marks,
     sort_takedowns,
 )
-from flows.graph.step import ABSENT, Input, Record, Step, digest_of, finished_artifact, walk_steps
+from flows.graph.step import ABSENT, Inputs, Record, Step, digest_of, finished_artifact, walk_steps
 from tasks.adopt.config import STAGE as ADOPT, AdoptConfig
 from tasks.artifacts.artifact import (
     CARD,
@@ -81,7 +81,8 @@ from tasks.verify.config import STAGE as VERIFY, VerifyConfig
 BYTES_PER_PARAMETER_SAVED = 4 + 8  # a checkpoint: fp32 weights and two moments
 TRAINED, UNTRAINED, CHAMPION = "trained", "untrained", "champion"
 """What models are called in an evaluation."""
-Judged = Sequence[Step | Artifact | None]
+Parent = Step | Artifact
+Judged = Sequence[Parent | None]
 """Features of each part of the data by which champions judge it; None where there was none yet."""
 
 
@@ -101,7 +102,7 @@ class Beside:
 
     name: str
     role: str
-    mark: Input
+    mark: Parent | str
     folder: Path
 
 
@@ -209,7 +210,7 @@ def draw_graph(recipe: Recipe, root: Path, tracking_uri: str) -> Graph:
     return model_steps(site, recipe, data, start, recipe.train, untrained_model(start))
 
 
-def data_steps(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
+def data_steps(site: Site, recipe: Recipe, merged: Parent) -> Step:
     """From a merge to what a dataset version chooses from; the last of the steps."""
     return verify_step(site, recipe.verify, download_step(site, recipe, merged))
 
@@ -217,8 +218,8 @@ def data_steps(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
 def model_steps(
     site: Site,
     recipe: Recipe,
-    data: Step | Artifact,
-    start: Step | Artifact,
+    data: Parent,
+    start: Parent,
     stages: Sequence[TrainConfig],
     beside: Beside,
     judged: Judged = (),
@@ -256,7 +257,7 @@ def demo_step(root: Path, config: DemoConfig) -> Step:
 def merge_step(
     site: Site,
     config: MergeConfig,
-    inputs: Mapping[str, Input] | None = None,
+    inputs: Inputs | None = None,
     files: Mapping[str, Sequence[Path | str]] | None = None,
     given: Sequence[Artifact] = (),
 ) -> Step:
@@ -288,7 +289,7 @@ def merge_step(
     return Step(site.root, MERGE, config, inputs, make, what, marks.absent, record)
 
 
-def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
+def download_step(site: Site, recipe: Recipe, merged: Parent) -> Step:
     config = recipe.download
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
@@ -313,16 +314,13 @@ def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
 
 
 def adopt_step(
-    site: Site,
-    config: AdoptConfig,
-    given: Sequence[Artifact] = (),
-    mark: Mapping[str, Input] | None = None,
+    site: Site, config: AdoptConfig, given: Sequence[Artifact] = (), mark: Inputs | None = None
 ) -> Step:
     """Shards where they lie, and folders and tables as shards; files of the adoptions `given`,
     which `mark` stands for, are not taken again."""
     marks = OutsideMarks(site.demo)
     sources = {one.name: marks.mark_source(one) for one in config.sources}
-    inputs: dict[str, Input] = {**sources, **(mark or {})}
+    inputs: Inputs = {**sources, **(mark or {})}
 
     def make(_: Profile, out: Path, report: Report) -> Made:
         from tasks.adopt.adopt import adopt_sources
@@ -335,7 +333,7 @@ def adopt_step(
 
 
 def verify_step(
-    site: Site, config: VerifyConfig, downloaded: Step | Artifact, role: str = Role.DOWNLOAD
+    site: Site, config: VerifyConfig, downloaded: Parent, role: str = Role.DOWNLOAD
 ) -> Step:
     def make(_: Profile, out: Path, report: Report) -> Made:
         from tasks.verify.verify import verify_shards
@@ -347,7 +345,7 @@ def verify_step(
     return Step(site.root, VERIFY, config, inputs, make, what, record=record)
 
 
-def join_step(site: Site, verified: Sequence[Step | Artifact]) -> Step:
+def join_step(site: Site, verified: Sequence[Parent]) -> Step:
     def make(_: Profile, out: Path, report: Report) -> Made:
         from tasks.join.join import join_verifications
 
@@ -357,7 +355,7 @@ def join_step(site: Site, verified: Sequence[Step | Artifact]) -> Step:
     return Step(site.root, JOIN, Config(), inputs, make, f"{len(verified)} verifications as one")
 
 
-def embed_steps(site: Site, config: EmbedConfig, data: Step | Artifact) -> tuple[Step, ...]:
+def embed_steps(site: Site, config: EmbedConfig, data: Parent) -> tuple[Step, ...]:
     return tuple(
         embed_step(site, config, spec, part)
         for spec in config.models
@@ -365,7 +363,7 @@ def embed_steps(site: Site, config: EmbedConfig, data: Step | Artifact) -> tuple
     )
 
 
-def verifications_in(data: Step | Artifact) -> list[Step | Artifact]:
+def verifications_in(data: Parent) -> list[Parent]:
     """Return what was joined, in order; a verification is its own one part."""
     if isinstance(data, Step) and data.stage.name == JOIN.name:
         return [part for part in data.inputs.values() if not isinstance(part, str)]
@@ -373,11 +371,7 @@ def verifications_in(data: Step | Artifact) -> list[Step | Artifact]:
 
 
 def embed_step(
-    site: Site,
-    config: EmbedConfig,
-    spec: str,
-    data: Step | Artifact,
-    stream: TrainConfig | None = None,
+    site: Site, config: EmbedConfig, spec: str, data: Parent, stream: TrainConfig | None = None
 ) -> Step:
     """The features by one model of a verification's samples (those of the verifications that a
     retraining joins are there already), or of what a stage, `stream`, shows of a dataset version.
@@ -406,7 +400,7 @@ def embed_step(
             launch=machine.launch,
         )
 
-    inputs: dict[str, Input] = {Role.DATA: data, Role.SUBJECT: mark}
+    inputs: Inputs = {Role.DATA: data, Role.SUBJECT: mark}
     what, title = f"features of every sample by {spec}", f"{EMBED.name} {spec}"
     step = Step(site.root, EMBED, config, inputs, make, what, marks.absent, title=title)
     if stream is None:
@@ -436,7 +430,7 @@ def find_model(site: Site, marks: OutsideMarks, spec: str) -> tuple[str, str]:
 def dataset_step(
     site: Site,
     config: DatasetConfig,
-    data: Step | Artifact,
+    data: Parent,
     embed: Sequence[Step] = (),
     captions: Sequence[CaptionSource] = (),
     judged: Judged = (),
@@ -445,7 +439,7 @@ def dataset_step(
     each part of the data those by which it was `judged`. One by features and scores is made from
     that by features, which other thresholds share."""
     marks = OutsideMarks(site.demo)
-    inputs: dict[str, Input] = {Role.DATA: data}
+    inputs: Inputs = {Role.DATA: data}
     rules: dict[str, tuple[str, ...]] = {name: getattr(config, name) for name in RULES_IN_FILES}
     read = {name: [(file, f"dataset.{name}") for file in files] for name, files in rules.items()}
     read["captions"] = [(one.files, f"captions '{one.name}'") for one in captions]
@@ -501,9 +495,7 @@ def dataset_step(
     return Step(site.root, DATASET, config, inputs, make, what, marks.absent, record)
 
 
-def describe_seen(
-    site: Site, embed: Sequence[Step], data: Step | Artifact, profile: Profile
-) -> Seen:
+def describe_seen(site: Site, embed: Sequence[Step], data: Parent, profile: Profile) -> Seen:
     """Return what a model saw of all data; it is opened only where it is shown more."""
     from tasks.embed.embed import find_features, read_scores
 
@@ -520,7 +512,7 @@ def describe_seen(
     )
 
 
-def describe_judged(judged: Judged, data: Step | Artifact) -> Seen:
+def describe_judged(judged: Judged, data: Parent) -> Seen:
     """Return the scores that champions gave, each to a part of the data."""
     from tasks.embed.embed import read_scores
 
@@ -531,7 +523,7 @@ def describe_judged(judged: Judged, data: Step | Artifact) -> Seen:
 
 def initialise_step(site: Site, config: InitialiseConfig) -> Step:
     marks, absent = OutsideMarks(site.demo), config.absent_files()
-    inputs: dict[str, Input] = {
+    inputs: Inputs = {
         role: marks.note_absent(absent[role]) if role in absent else fingerprint_files(path)
         for role, path in config.outside_files().items()
     }
@@ -560,7 +552,7 @@ def initialise_step(site: Site, config: InitialiseConfig) -> Step:
     return Step(site.root, INITIALISE, config, inputs, make, what, marks.absent)
 
 
-def train_step(site: Site, config: TrainConfig, start: Step | Artifact, dataset: Step) -> Step:
+def train_step(site: Site, config: TrainConfig, start: Parent, dataset: Step) -> Step:
     teach: list[Step] = []
     if config.teacher:
         by = EmbedConfig(models=config.teacher.models, precision=config.teacher.precision)
@@ -573,7 +565,7 @@ def train_step(site: Site, config: TrainConfig, start: Step | Artifact, dataset:
         inputs = Inputs(start.folder / MODEL_FOLDER, dataset.folder / SHARDS, teachers)
         return train_model(config, inputs, out, profile.launch, report)
 
-    inputs: dict[str, Input] = {Role.START: start, Role.DATASET: dataset}
+    inputs: Inputs = {Role.START: start, Role.DATASET: dataset}
     inputs |= {f"{Role.TEACHER}{number:04d}": one for number, one in enumerate(teach)}
     what = f"{config.steps:,} steps of {config.global_batch:,} = {config.samples_seen:,} samples"
     if config.epochs is not None:
@@ -587,7 +579,7 @@ def interpolate_step(
     site: Site,
     config: InterpolateConfig,
     evaluate: EvaluateConfig,
-    start: Step | Artifact,
+    start: Parent,
     end: Step,
     dataset: Step,
 ) -> Step:
@@ -597,7 +589,7 @@ def interpolate_step(
     part = evaluate.model_copy(update={"sets": sets, "title": "", "metrics": ()})
     marks = OutsideMarks(site.demo)
     settings = hash_marks([json.dumps(part.compute_identity(), sort_keys=True)])
-    inputs: dict[str, Input] = {
+    inputs: Inputs = {
         **{Role.START: start, Role.END: end, Role.DATASET: dataset, "evaluation": settings},
         **mark_sets(marks, part),
     }
@@ -648,7 +640,7 @@ def comparison_step(
     return replace(step, what=what, absent=marks.absent, record=record)
 
 
-def mark_sets(marks: OutsideMarks, config: EvaluateConfig) -> dict[str, Input]:
+def mark_sets(marks: OutsideMarks, config: EvaluateConfig) -> Inputs:
     named = {one.name: (one.folder, f"evaluate.sets '{one.name}'") for one in config.sets}
     return {name: marks.mark_files(*place) for name, place in named.items()}
 
@@ -664,7 +656,7 @@ def find_sets(config: EvaluateConfig, demo: Step | None) -> dict[str, Path]:
 def evaluate_step(
     root: Path,
     config: EvaluateConfig,
-    inputs: Mapping[str, Input],
+    inputs: Inputs,
     models: Mapping[str, str | Path],
     find_sets: Callable[[], Mapping[str, Path]],
     train: Sequence[Step] = (),
@@ -704,7 +696,7 @@ def evaluate_step(
 
 def register_step(site: Site, config: RegisterConfig, trained: Step, evaluated: Step) -> Step:
     """A version in the registry; its work needs the gate's decision, which is made when it runs."""
-    inputs: dict[str, Input] = {
+    inputs: Inputs = {
         Role.TRAINED: trained,
         Role.EVALUATION: evaluated,
         Role.TRACKING: hash_marks([site.tracking_uri]),

@@ -283,18 +283,14 @@ def _find_waiting(
 
 
 def _sort_out_parts(
-    store: TrackingStore,
-    recipe: Recipe,
-    attempts: Sequence[Attempt],
-    base: Attempt | None,
-    keep_rejected: bool,
+    store: TrackingStore, recipe: Recipe, tried: Sequence[Attempt], base: Attempt | None, keep: bool
 ) -> tuple[tuple[Artifact, ...], tuple[str, ...]]:
     """(verifications that stay, sentences on those that do not)."""
     name = recipe.registry.model_name
     were_champion = {move.version for move in promotion.history(store, name, recipe.registry.alias)}
     stay = {part.digest: part for part in base.parts} if base else {}
     aside: dict[str, str] = {}
-    for attempt in attempts:
+    for attempt in tried:
         why = ""
         if attempt.decision.outcome is GateOutcome.REJECT:
             why = "was rejected"
@@ -307,7 +303,7 @@ def _sort_out_parts(
         for part in attempt.parts:
             if part.digest in stay or part.digest in aside:
                 continue
-            if why and not keep_rejected:
+            if why and not keep:
                 aside[part.digest] = f"data of {name}/{attempt.version}, which {why}"
             else:
                 stay[part.digest] = part

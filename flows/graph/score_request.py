@@ -21,6 +21,7 @@ from tasks.evaluate.sets.published_layout import kind_of
 from tasks.initialise.config import REGISTRY
 
 EVALUATE = STAGE.name
+Names = Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,7 @@ class Asked:
 
 
 def read_asked(
-    models: Sequence[str],
-    recipe: str,
-    sets: Sequence[str],
-    data: str,
-    overrides: Sequence[str],
-    root: Path,
+    models: Names, recipe: str, sets: Names, data: str, overrides: Names, root: Path
 ) -> Asked:
     """Return what the arguments of `score` mean."""
     if bool(recipe) == bool(sets):
@@ -61,9 +57,7 @@ def read_asked(
     return Asked(_named_models(models), config, find_sets(config, demo))
 
 
-def _read_evaluation(
-    values: dict[str, Any], overrides: Sequence[str], where: str
-) -> EvaluateConfig:
+def _read_evaluation(values: dict[str, Any], overrides: Names, where: str) -> EvaluateConfig:
     for override in overrides:
         if not override.startswith(f"{EVALUATE}."):
             raise InputError(
@@ -74,7 +68,7 @@ def _read_evaluation(
     return EvaluateConfig.from_mapping(values[EVALUATE], where=where)
 
 
-def _named_sets(names: Sequence[str], data: Path, overrides: Sequence[str]) -> EvaluateConfig:
+def _named_sets(names: Names, data: Path, overrides: Names) -> EvaluateConfig:
     entries = []
     for given in _list_given(names, data):
         name, folder = _named_set(given, data)
@@ -83,7 +77,7 @@ def _named_sets(names: Sequence[str], data: Path, overrides: Sequence[str]) -> E
     return _read_evaluation({EVALUATE: {"sets": entries}}, overrides, "the sets named")
 
 
-def _list_given(names: Sequence[str], data: Path) -> list[str]:
+def _list_given(names: Names, data: Path) -> list[str]:
     """The names, a group's as those of its sets in `data`; the report says which are not there."""
     found: list[str] = []
     for name in names:
@@ -119,7 +113,7 @@ def _named_set(given: str, data: Path) -> tuple[str, Path]:
     return name, folder
 
 
-def _named_models(models: Sequence[str]) -> dict[str, str]:
+def _named_models(models: Names) -> dict[str, str]:
     specs: dict[str, str] = {}
     for model in models:
         name, equals, spec = model.partition("=")

@@ -93,6 +93,7 @@ class Step:
 
 
 Input = Step | Artifact | str
+Inputs = dict[str, Input]
 
 
 def digest_of(given: Input) -> str:

@@ -105,7 +105,7 @@ def apply_decision(
     if wanted == "never" or waits is not Waiting.DUE:
         return False
     if wanted == "ask" or config.gate.approval:
-        moved = _ask_person(config, store, registered, version, decision)
+        moved = _ask_person(config, store, registered.folder / DECISION_PAGE, version, decision)
     else:
         moved = promotion.carry_out(store, config, version, decision)
     if moved:
@@ -202,11 +202,7 @@ def _judge_candidate(
 
 
 def _ask_person(
-    config: RegisterConfig,
-    store: TrackingStore,
-    registered: Artifact,
-    version: int,
-    decision: gate.Decision,
+    config: RegisterConfig, store: TrackingStore, page: Path, version: int, decision: gate.Decision
 ) -> bool:
     """Suspend the run until a person has answered, if it can be resumed from the UI."""
     name = config.model_name
@@ -214,8 +210,7 @@ def _ask_person(
         command = f"python -m flows promote {name}/{version}"
         console.print(f"  gate      waits for a yes: {command}", soft_wrap=True)
         return False
-    page = (registered.folder / DECISION_PAGE).read_text()
-    form = Approval.with_initial_data(description=page, promote=False)
+    form = Approval.with_initial_data(description=page.read_text(), promote=False)
     answer = suspend_flow_run(
         wait_for_input=form, timeout=APPROVAL_WAIT_S, key=_approval_key(config, version)
     )

@@ -337,14 +337,9 @@ def pull_model(
 
 
 def _fetch_model(
-    store: TrackingStore,
-    source: str,
-    beside: Path,
-    as_: Form,
-    report: Report,
-    places: Sequence[str],
+    store: TrackingStore, source: str, near: Path, as_: Form, report: Report, places: Sequence[str]
 ) -> Path:
-    """The saved model's folder under `beside`, with its weights, wherever they were."""
+    """The saved model's folder under `near`, with its weights, wherever they were."""
     from mlflow.artifacts import download_artifacts
 
     def download(uri: str, folder: Path) -> Path:
@@ -354,17 +349,17 @@ def _fetch_model(
     report(0, 4, "looking for room")
     sizes = list_files(store, source)
     if REFERENCE_FILE not in sizes:
-        _require_room(beside, sizes.get(WEIGHTS_FILE, 0) * _ROOM[as_])
+        _require_room(near, sizes.get(WEIGHTS_FILE, 0) * _ROOM[as_])
         report(1, 4, "downloading")
-        return download(source, beside)
-    folder = download(source, beside)
+        return download(source, near)
+    folder = download(source, near)
     reference = Reference.read(folder)
     assert reference is not None, "its file is there"
     _require_place(reference, places)
-    _require_room(beside, reference.size * _ROOM[as_])
+    _require_room(near, reference.size * _ROOM[as_])
     report(1, 4, "fetching the weights")
-    weights = reference.obtain_weights(beside, download)
-    if weights.is_relative_to(beside):
+    weights = reference.obtain_weights(near, download)
+    if weights.is_relative_to(near):
         weights.rename(folder / WEIGHTS_FILE)
     else:
         shutil.copyfile(weights, folder / WEIGHTS_FILE)

@@ -40,6 +40,7 @@ from evaclip_model.weights.load import save_model
 from evaclip_model.weights.tensor_files import SLAB_BYTES
 
 _log = logging.getLogger(__name__)
+Fragments = Sequence[StateFragment]
 
 
 class CheckpointPlace:
@@ -140,14 +141,12 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self._settled = threading.Event()
         self._settled.set()
 
-    def allocate_copies(self, fragments: Iterable[StateFragment]) -> None:
+    def allocate_copies(self, fragments: Fragments) -> None:
         """Set aside the memory for copies of `fragments`, so that the first save does not."""
         for key, tensor in _tensors_by_key(fragments).items():
             self._copy_tensor(key, tensor)  # memory is there when it was written to
 
-    def begin_save(
-        self, fragments: Iterable[StateFragment], progress: form.TrainingProgress
-    ) -> None:
+    def begin_save(self, fragments: Fragments, progress: form.TrainingProgress) -> None:
         """Begin to copy the state and to write it, after the save before, whose error it raises.
         Call `wait_for_copy` before the state is changed."""
         self.wait_for_save()
@@ -192,14 +191,11 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             self.close()
 
     def _write_in_background(
-        self,
-        here: Mapping[str, Tensor],
-        held: Mapping[str, Tensor],
-        progress: form.TrainingProgress,
+        self, own: Mapping[str, Tensor], held: Mapping[str, Tensor], progress: form.TrainingProgress
     ) -> None:
         try:
             try:
-                copies = {key: self._copy_tensor(key, tensor) for key, tensor in here.items()}
+                copies = {key: self._copy_tensor(key, tensor) for key, tensor in own.items()}
             finally:
                 self._settled.set()
             _write_checkpoint(self._place, self._peers, {**held, **copies}, progress, *self._kept)
@@ -215,10 +211,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
 
 def save_checkpoint(
-    location: Path | str,
-    fragments: Iterable[StateFragment],
-    progress: form.TrainingProgress,
-    keep: int,
+    location: Path | str, fragments: Fragments, progress: form.TrainingProgress, keep: int
 ) -> None:
     """Write a checkpoint together with all other ranks, and wait until it is whole; without memory
     of its own for fragments that lie in host memory. Raises InputError or OSError, the same on
@@ -260,7 +253,7 @@ def _write_checkpoint(
     peers.run_on_first(remove_old)
 
 
-def _tensors_by_key(fragments: Iterable[StateFragment]) -> dict[str, Tensor]:
+def _tensors_by_key(fragments: Fragments) -> dict[str, Tensor]:
     return {
         form.key_of(fragment.name, fragment.offset, kind): tensor
         for fragment in fragments
@@ -275,7 +268,7 @@ def settings_of(config: TrainConfig, architecture: ModelConfig) -> dict[str, Any
 
 
 def load_newest(
-    location: Path | str, fragments: Sequence[StateFragment], settings: Mapping[str, Any]
+    location: Path | str, fragments: Fragments, settings: Mapping[str, Any]
 ) -> form.TrainingProgress | None:
     """Fill `fragments` from the newest checkpoint that is whole; None: there is none. Every rank
     calls it. One that is not whole is passed over, and the log says why; those of other settings or
@@ -317,7 +310,7 @@ def _check_shards(
     peers: Peers,
     step: int,
     manifest: form.CheckpointManifest,
-    fragments: Sequence[StateFragment],
+    fragments: Fragments,
 ) -> list[form.StoredPiece]:
     """Pieces of all shards, when they are as they were written and what all ranks need; raises
     UnusableCheckpoint on every rank when they are not."""
@@ -358,7 +351,7 @@ def _check_shards(
 
 
 def _fill_fragments(
-    fragments: Sequence[StateFragment],
+    fragments: Fragments,
     place: CheckpointPlace,
     step: int,
     manifest: form.CheckpointManifest,
@@ -400,7 +393,7 @@ def _read_into(tensor: Tensor, file: BinaryIO, buffer: Tensor) -> None:
 
 
 def save_models(
-    run_dir: Path, start: Path, model: EvaClip, fragments: Sequence[StateFragment], rank: int
+    run_dir: Path, start: Path, model: EvaClip, fragments: Fragments, rank: int
 ) -> None:
     """Write `model/`, and `model-ema/` when the fragments have a running mean; all ranks call it.
 
@@ -438,7 +431,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def gather_weights(
-    model: nn.Module, fragments: Sequence[StateFragment], kind: str
+    model: nn.Module, fragments: Fragments, kind: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and fp32 value, of the parameter's shape, of every parameter of the trained `model`, one
     after the other; `kind` of the fragments' tensors is "param" (the master) or "ema". Every rank

@@ -160,6 +160,7 @@ class _Blockwise(torch.autograd.Function):
         return (None, *(gradients[0] * saved for saved in ctx.saved_tensors))
 
 
+_TargetsOf = Callable[[slice, slice], "_Targets"]
 _Targets = tuple[Tensor, Tensor | None]
 """[h, w] of a block of softmax's targets, whose rows sum to 1 over all columns; [h, w] bool: left
 out (none: nothing is)."""
@@ -217,7 +218,7 @@ def _count_repeats(captions: Tensor) -> Tensor:
 
 def _teach_targets(
     side: int, teachers: Sequence[Tensor], scale: float, mine: slice, dtype: torch.dtype
-) -> tuple[Callable[[slice, slice], _Targets], Tensor]:
+) -> tuple[_TargetsOf, Tensor]:
     """Softmax's targets of the rows `mine` of a `side`, 0 images or 1 captions: the mean of the
     softmaxes by teachers' features [B, 2, D]; and these' mean entropy [] in nats."""
     sides = [(scale * one[mine, side].to(dtype), one[:, 1 - side]) for one in teachers]
@@ -246,15 +247,9 @@ def _teach_targets(
 
 
 def _softmax_terms(
-    matches: _Matches,
-    of_images: Callable[[slice, slice], _Targets],
-    of_texts: Callable[[slice, slice], _Targets],
-    image: Tensor,
-    text: Tensor,
-    all_image: Tensor,
-    all_text: Tensor,
-    scale: Tensor,
+    matches: _Matches, of_images: _TargetsOf, of_texts: _TargetsOf, *tensors: Tensor
 ) -> _Computed:
+    image, text, all_image, all_text, scale = tensors
     image_loss, image_best, d_image, d_all_text = _softmax_rows(of_images, image, all_text, scale)
     text_loss, text_best, d_text, d_all_image = _softmax_rows(of_texts, text, all_image, scale)
     hits = matches.count_hits(image_best), matches.count_hits(text_best)
@@ -264,7 +259,7 @@ def _softmax_terms(
 
 
 def _softmax_rows(
-    targets_of: Callable[[slice, slice], _Targets], rows: Tensor, columns: Tensor, scale: Tensor
+    targets_of: _TargetsOf, rows: Tensor, columns: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean loss [] and best column [b] of rows [b, E]; the gradient of half the loss, over `scale`,
     by rows and columns [B, E]."""
@@ -296,17 +291,10 @@ def _softmax_rows(
     return loss, best, d_rows, d_columns
 
 
-def _sigmoid_terms(
-    matches: _Matches,
-    image: Tensor,
-    text: Tensor,
-    all_image: Tensor,
-    all_text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-) -> _Computed:
+def _sigmoid_terms(matches: _Matches, *tensors: Tensor) -> _Computed:
     """Every pair is judged for itself, once: by the rank that has its image. The sum over all pairs
     is divided by the number of samples, not of pairs."""
+    image, text, all_image, all_text, scale, bias = tensors
     d_image, d_all_text = torch.zeros_like(image), torch.zeros_like(all_text)
     loss, d_bias = scale.new_zeros(()), scale.new_zeros(())
     for high, wide in _iterate_blocks(len(image), len(all_text)):
