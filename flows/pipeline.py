@@ -23,13 +23,7 @@ from flows.graph.runner import RecipeSession, Session, open_session, track_run
 from flows.graph.score_request import read_asked
 from flows.graph.step import Step
 from flows.planning import run_plan
-from flows.promotion.apply_decision import (
-    Promote,
-    apply_decision,
-    carry_out_answer,
-    champion_beside,
-    register_and_judge,
-)
+from flows.promotion import apply_decision as deciding
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_evaluation, publish_overview, publish_sources
 from flows.reporting.terminal import console
@@ -49,7 +43,7 @@ ScoredRecipe = Annotated[str, Field(pattern=r"^$|^[A-Za-z0-9][\w.-]*$|^.+[.]toml
 def pipeline(
     recipe: RecipeName = "demo",
     overrides: Overrides = (),
-    promote: Promote = "gate",
+    promote: deciding.Promote = "gate",
     dry_run: bool = False,
 ) -> None:
     """Prepare the data, train, evaluate, register; the gate decides which model is champion.
@@ -70,7 +64,7 @@ def pipeline(
         page = f"{run_plan.plan_markdown(wanted, graph)}\n\nDoes it fit this machine? {fits}"
         create_markdown_artifact(page, key="plan")
         return
-    if carry_out_answer(recipe, overrides, promote) is not None:
+    if deciding.carry_out_answer(recipe, overrides, promote) is not None:
         return
     with open_session("pipeline", recipe, overrides) as session:
         run_plan.check_disk(session.graph)
@@ -79,7 +73,7 @@ def pipeline(
         session.make_all(session.graph.model_steps)
         registered = evaluate_and_register(session, session.graph)
         publish_overview(session, session.graph)
-    apply_decision(session.recipe.registry, session.store, registered, promote)
+    deciding.apply_decision(session.recipe.registry, session.store, registered, promote)
 
 
 @flow(name="prepare", on_crashed=[close_tracking], on_cancellation=[close_tracking])
@@ -123,7 +117,7 @@ def train(recipe: RecipeName = "demo", overrides: Overrides = ()) -> Artifact:
 
 @flow(name="evaluate", on_crashed=[close_tracking], on_cancellation=[close_tracking])
 def evaluate(
-    recipe: RecipeName = "demo", overrides: Overrides = (), promote: Promote = "gate"
+    recipe: RecipeName = "demo", overrides: Overrides = (), promote: deciding.Promote = "gate"
 ) -> Artifact:
     """Evaluate the trained beside the untrained model, write the report, register the model, and
     let the gate decide whether it becomes champion.
@@ -134,14 +128,14 @@ def evaluate(
         promote: What happens to a better model. gate: it becomes champion; ask: once a person has
             said yes; never: it stays challenger.
     """
-    if (answered := carry_out_answer(recipe, overrides, promote)) is not None:
+    if (answered := deciding.carry_out_answer(recipe, overrides, promote)) is not None:
         return answered
     with open_session("evaluate", recipe, overrides) as session:
         for model in session.graph.evaluate.inputs.values():
             if isinstance(model, Step) and model in session.graph.model_steps:
                 session.require_finished(model, "train")
         registered = evaluate_and_register(session, session.graph)
-    apply_decision(session.recipe.registry, session.store, registered, promote)
+    deciding.apply_decision(session.recipe.registry, session.store, registered, promote)
     return registered
 
 
@@ -149,14 +143,14 @@ def evaluate_and_register(session: RecipeSession, graph: Graph) -> Artifact:
     """The graph's evaluation and its registration with the gate's decision; returns that."""
     evaluated = session.make_step(graph.evaluate)
     publish_evaluation(evaluated, session.run.stage_url(graph.evaluate.address))
-    return register_and_judge(session, graph)
+    return deciding.register_and_judge(session, graph)
 
 
 @flow(name="retrain", on_crashed=[close_tracking], on_cancellation=[close_tracking])
 def retrain(
     recipe: RecipeName = "demo",
     overrides: Overrides = (),
-    promote: Promote = "gate",
+    promote: deciding.Promote = "gate",
     min_new_rows: Annotated[int, Field(ge=1)] = 1,
     keep_rejected: bool = False,
     dry_run: bool = False,
@@ -173,7 +167,7 @@ def retrain(
         keep_rejected: Train on the data of rejected models again, instead of setting it aside.
         dry_run: Only say what is new.
     """
-    if (answered := carry_out_answer(recipe, overrides, promote)) is not None:
+    if (answered := deciding.carry_out_answer(recipe, overrides, promote)) is not None:
         return answered
     wanted, profile, graph = load_graph(recipe, overrides)
     store = TrackingStore.at(profile.mlflow_uri, wanted.name)
@@ -211,7 +205,7 @@ def retrain(
                 return None
             parts = [data_steps(site, wanted, merge) for merge in merges if rows_of([merge])]
             parts += adopted
-            champion = champion_beside(session, news.champion) if news.champion else None
+            champion = deciding.champion_beside(session, news.champion) if news.champion else None
             graph = incremental.draw_retraining(wanted, graph, news, [*news.used, *parts], champion)
             session.make_all(graph.data_steps)
         graph.require_samples()
@@ -219,14 +213,16 @@ def retrain(
         registered = evaluate_and_register(session, graph)
         _publish_news(wanted, news, read_decision(registered.folder).summary)
         publish_overview(session, graph)
-    apply_decision(wanted.registry, store, registered, promote)
+    deciding.apply_decision(wanted.registry, store, registered, promote)
     return registered
 
 
-def _settle_last(recipe: Recipe, store: TrackingStore, news: News, wanted: Promote) -> None:
+def _settle_last(
+    recipe: Recipe, store: TrackingStore, news: News, wanted: deciding.Promote
+) -> None:
     """Carry out what the gate said of the last model, where a run was killed before it did."""
     if news.last is not None:
-        apply_decision(recipe.registry, store, news.last.registered, wanted)
+        deciding.apply_decision(recipe.registry, store, news.last.registered, wanted)
 
 
 def _publish_news(recipe: Recipe, news: News, end: str) -> None:

@@ -16,11 +16,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils import checkpoint as saving
 
 from evaclip_model.choices import GradCheckpointing, Precision
 from evaclip_model.cpu.linear import Linear, is_traced, linear
@@ -402,14 +398,14 @@ def run_block(mode: GradCheckpointing, block: Callable[..., Tensor], *inputs: An
         return block(*inputs)
     options: dict[str, Any] = {}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _choose_policy)
-    out: Tensor = checkpoint(block, *inputs, use_reentrant=False, **options)
+        options["context_fn"] = partial(saving.create_selective_checkpoint_contexts, _choose_policy)
+    out: Tensor = saving.checkpoint(block, *inputs, use_reentrant=False, **options)
     return out
 
 
-def _choose_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _choose_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> saving.CheckpointPolicy:
     keep = op.name().split(".")[0] in _KEPT
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return saving.CheckpointPolicy.MUST_SAVE if keep else saving.CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def to_float32(x: Tensor) -> Tensor:

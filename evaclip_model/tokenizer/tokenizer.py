@@ -26,13 +26,7 @@ import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.tokenizer.bundled_assets import (
-    CLASSES,
-    VOCABULARY,
-    carried_file,
-    package_file,
-    text_repair,
-)
+from evaclip_model.tokenizer import bundled_assets as assets
 
 Split = Callable[[str], list[str]]
 Merge = Callable[[str], list[int]]
@@ -123,10 +117,12 @@ def _pad_rows(
 
 def _clean_text(text: str) -> str:
     # Resolving entities is ftfy's first repair. It leaves them alone beside a "<".
-    repaired = text_repair().fixes.unescape_html(text) if "&" in text and "<" not in text else text
+    repaired = (
+        assets.text_repair().fixes.unescape_html(text) if "&" in text and "<" not in text else text
+    )
     if not _UNCHANGED.match(repaired):
         # Twice, because captions taken from web pages are often escaped twice.
-        return html.unescape(html.unescape(text_repair().fix_text(text))).lower()
+        return html.unescape(html.unescape(assets.text_repair().fix_text(text))).lower()
     return (repaired if repaired.isascii() else repaired.translate(_STRAIGHT)).lower()
 
 
@@ -188,11 +184,11 @@ def _load_words() -> _Words:
 
 def _load_merges() -> Merge:
     """CLIP's merges; a symbol's id is its place: bytes, bytes that end a word, then the merges."""
-    path = package_file(VOCABULARY)
+    path = assets.package_file(assets.VOCABULARY)
     if path is None:
         raise InputError(
-            f"the tokenizer's vocabulary {VOCABULARY} was not found: install open_clip_torch, "
-            "which ships it"
+            f"the tokenizer's vocabulary {assets.VOCABULARY} was not found: install "
+            "open_clip_torch, which ships it"
         )
     lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
     merges = [(first, second) for first, second in map(str.split, lines)]
@@ -220,7 +216,7 @@ def _byte_characters() -> dict[int, str]:
 def splitter() -> Split:
     """Return what splits a word without white space into its pieces, from left to right. Raises
     ModuleNotFoundError: `regex` is neither installed nor are the classes carried that stand in."""
-    classes = carried_file(CLASSES)
+    classes = assets.carried_file(assets.CLASSES)
     if classes is None or importlib.util.find_spec("regex") is not None:
         regex: Any = importlib.import_module("regex")
         return regex.compile(_PATTERN.format(L=r"\p{L}", N=r"\p{N}")).findall  # type: ignore[no-any-return]

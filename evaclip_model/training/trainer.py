@@ -30,23 +30,9 @@ from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import LOGIT_BIAS, ModelConfig
 from evaclip_model.reading.reader import Batch, BatchReader, ReadSettings
 from evaclip_model.reading.teacher_features import read_features
-from evaclip_model.training import training_step
+from evaclip_model.training import config as jobs, training_step
+from evaclip_model.training.checkpoint import save_and_load as saving
 from evaclip_model.training.checkpoint.consensus import Peers
-from evaclip_model.training.checkpoint.save_and_load import (
-    CheckpointWriter,
-    load_newest,
-    save_models,
-    settings_of,
-    write_json,
-)
-from evaclip_model.training.config import (
-    CHECKPOINTS,
-    DRY_RUN_FILE,
-    RESULT_FILE,
-    SHARD_CACHE,
-    TrainConfig,
-    TrainJob,
-)
 from evaclip_model.training.engine.engine import DeepSpeedEngine, Engine, TorchEngine
 from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.monitoring import guards as step_guards, metrics, validation
@@ -64,7 +50,7 @@ class Interrupted(RuntimeError):
     """Asked to stop; a checkpoint of the last step is on disk."""
 
 
-def run_training(job: TrainJob, *, should_stop: Callable[[], bool]) -> Mapping[str, Any]:
+def run_training(job: jobs.TrainJob, *, should_stop: Callable[[], bool]) -> Mapping[str, Any]:
     """Train to the end, from the newest checkpoint in the run's folder if there is one.
 
     Every rank of the process group calls it. Rank 0 writes `metrics.jsonl`, then the model, then
@@ -103,7 +89,7 @@ class Rank:
     """This process, `number` of `ranks`, and the objects it trains with; `part_size` pairs are in
     memory at once (none: its whole share), and `tested` is what the self-test found."""
 
-    def __init__(self, job: TrainJob, should_stop: Callable[[], bool]) -> None:
+    def __init__(self, job: jobs.TrainJob, should_stop: Callable[[], bool]) -> None:
         """Make ready for the first step. Raises InputError when the model, the shards or the
         settings cannot be used."""
         self._config = config = job.train
@@ -119,7 +105,7 @@ class Rank:
         self.read_settings = ReadSettings(
             cache_bytes=job.cache_bytes,
             workers=job.read_workers,
-            shard_cache=job.shard_cache or job.run_dir / SHARD_CACHE,
+            shard_cache=job.shard_cache or job.run_dir / jobs.SHARD_CACHE,
             shard_cache_bytes=job.shard_cache_bytes,
         )
         self.reader = BatchReader(
@@ -178,7 +164,7 @@ class Rank:
 class TrainingRun:
     """A rank's way from its newest checkpoint to the trained model."""
 
-    def __init__(self, job: TrainJob, rank: Rank) -> None:
+    def __init__(self, job: jobs.TrainJob, rank: Rank) -> None:
         self._job = job
         self._config = job.train
         self._rank = rank
@@ -186,8 +172,8 @@ class TrainingRun:
         self._metrics = metrics.MetricsLog(job, writes=self._leads)
         profiled = job.profile_steps if self._leads else None
         self._profile = metrics.ProfileWindow(profiled, job.run_dir / metrics.PROFILE_FOLDER)
-        self._checkpoints = job.checkpoints or job.run_dir / CHECKPOINTS
-        self._settings = settings_of(job.train, rank.model.config)
+        self._checkpoints = job.checkpoints or job.run_dir / jobs.CHECKPOINTS
+        self._settings = saving.settings_of(job.train, rank.model.config)
         self._probe = (
             validation.open_probe(job.probe, rank.number, rank.ranks) if job.probe else None
         )
@@ -205,7 +191,7 @@ class TrainingRun:
         job, kept = self._job, self._config.checkpoints
         self._watchdog = step_guards.Watchdog(job.run_dir, self._rank.number, job.watchdog_s)
         with self._watchdog, ExitStack() as held:
-            writer = CheckpointWriter(self._checkpoints, kept.keep, kept.keep_every_steps)
+            writer = saving.CheckpointWriter(self._checkpoints, kept.keep, kept.keep_every_steps)
             self._writer = held.enter_context(writer)
             held.enter_context(self._metrics)
             self._resume_newest()
@@ -317,7 +303,7 @@ class TrainingRun:
         if self._leads:
             norms = {tower: str(norm) for tower, norm in gradient.norms.items()}  # JSON has no NaN
             figures = {"step": step, "loss": str(loss), "grad_norms": norms, "ranks": suspects}
-            write_json(self._job.run_dir / f"nonfinite-{step:08d}.json", figures)
+            saving.write_json(self._job.run_dir / f"nonfinite-{step:08d}.json", figures)
         return seen._replace(culprits=step_guards.name_culprits(suspects))
 
     def _roll_back(self, spiked: int, rollbacks: int) -> None:
@@ -336,7 +322,7 @@ class TrainingRun:
 
     def _load_newest(self) -> TrainingProgress | None:
         engine = self._rank.engine
-        found = load_newest(self._checkpoints, engine.state_fragments(), self._settings)
+        found = saving.load_newest(self._checkpoints, engine.state_fragments(), self._settings)
         if found is not None:
             engine.restore_counters(found.counters)
         return found
@@ -366,7 +352,7 @@ class TrainingRun:
         rank.reader.close()
         self._count_bad_samples()
         start = self._job.start_from
-        save_models(run_dir, start, rank.model, rank.engine.state_fragments(), rank.number)
+        saving.save_models(run_dir, start, rank.model, rank.engine.state_fragments(), rank.number)
         result: dict[str, Any] = {
             "steps": config.steps,
             "samples_seen": config.steps * config.global_batch,
@@ -379,11 +365,11 @@ class TrainingRun:
         if self._leads:
             last = self._metrics.newest_values("loss", FINAL_LOSS_STEPS)
             result["final_loss"] = sum(last) / len(last)
-            write_json(run_dir / RESULT_FILE, result)
+            saving.write_json(run_dir / jobs.RESULT_FILE, result)
         return result
 
 
-def dry_run(job: TrainJob, rank: Rank) -> Mapping[str, Any]:
+def dry_run(job: jobs.TrainJob, rank: Rank) -> Mapping[str, Any]:
     """Compute the gradient of the first batch, forget it, and write `dry_run.json`: seconds of each
     part, most memory of any rank in bytes (on a GPU that of tensors, else of the process), loss,
     gradient norm, the self-test's differences. Every rank calls it. Nothing else is written, and no
@@ -409,7 +395,7 @@ def dry_run(job: TrainJob, rank: Rank) -> Mapping[str, Any]:
         "self_test": asdict(rank.tested),
     }
     if rank.number == 0:
-        write_json(job.run_dir / DRY_RUN_FILE, result)
+        saving.write_json(job.run_dir / jobs.DRY_RUN_FILE, result)
     return result
 
 
@@ -424,7 +410,7 @@ def device_of_rank() -> torch.device:
     return device
 
 
-def set_determinism(config: TrainConfig) -> None:
+def set_determinism(config: jobs.TrainConfig) -> None:
     """Allow torch only algorithms that give the same bits every time, when the stage asks for it;
     before anything runs on a GPU, because cuBLAS reads its setting when it starts."""
     if config.deterministic:
@@ -434,7 +420,7 @@ def set_determinism(config: TrainConfig) -> None:
         torch.backends.cudnn.deterministic = True
 
 
-def starting_model(job: TrainJob, device: torch.device) -> EvaClip:
+def starting_model(job: jobs.TrainJob, device: torch.device) -> EvaClip:
     """The model to start from, its position embeddings resized to the stage's image size, ready to
     be trained as the stage says. Raises InputError when it cannot be read, or does not fit."""
     config = job.train
@@ -477,7 +463,7 @@ class LowRankUpdate(nn.Module):
         return torch.addmm(weight, self.up, self.down, alpha=self.scale)
 
 
-def add_updates(model: EvaClip, config: TrainConfig) -> None:
+def add_updates(model: EvaClip, config: jobs.TrainConfig) -> None:
     """Put an update on every projection that `config.lora` names and `config.freeze` does not.
     Raises InputError: one that is not there, none that is left, a rank that saves nothing."""
     lora = config.lora
@@ -502,7 +488,7 @@ def add_updates(model: EvaClip, config: TrainConfig) -> None:
         raise InputError("freeze leaves no projection of lora.on: take a part out of it")
 
 
-def make_engine(job: TrainJob, model: EvaClip, part_size: int | None) -> Engine:
+def make_engine(job: jobs.TrainJob, model: EvaClip, part_size: int | None) -> Engine:
     """Raises: InputError: the engine cannot do what the stage asks for."""
     if job.engine == "deepspeed":
         return DeepSpeedEngine(model, job.train, accumulates=part_size is not None)
@@ -515,7 +501,7 @@ def make_engine(job: TrainJob, model: EvaClip, part_size: int | None) -> Engine:
     return TorchEngine(model, job.train)
 
 
-def size_of_parts(job: TrainJob, ranks: int) -> int | None:
+def size_of_parts(job: jobs.TrainJob, ranks: int) -> int | None:
     """Pairs of a rank that are in memory at once; none for its whole share. Raises InputError when
     that cannot be cut into equal parts of the job's `micro_batch`."""
     share = job.train.global_batch // ranks

@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from evaclip_model.choices import Library
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
+from evaclip_model.model import model_config as shapes
 from evaclip_model.model.clip import EvaClip
-from evaclip_model.model.model_config import (
-    CONFIG_FILE,
-    LOGIT_BIAS,
-    SCALARS,
-    ModelConfig,
-    VisionConfig,
-)
 from evaclip_model.reading.transform import MEAN, STD
 from evaclip_model.weights import load as loading
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
@@ -65,11 +59,11 @@ def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path
             loading.save_weights(model, path)
             return (path,)
         loading.save_model(model, path)
-        return path / WEIGHTS_FILE, path / CONFIG_FILE
+        return path / WEIGHTS_FILE, path / shapes.CONFIG_FILE
     inside = loading.unwrap_model(model)
     if as_ in ("open_clip", "timm"):
         _require_timm(inside.config.vision, as_)
-    names = _OPEN_CLIP_FILES if as_ == "open_clip" else (WEIGHTS_FILE, CONFIG_FILE)
+    names = _OPEN_CLIP_FILES if as_ == "open_clip" else (WEIGHTS_FILE, shapes.CONFIG_FILE)
     weights_path = path if is_file else path / names[0]
     released = loading.released_tensors(model)
     tensors: dict[str, Tensor] = {}
@@ -110,7 +104,7 @@ def export_onnx(model: nn.Module, folder: str | Path) -> tuple[Path, ...]:
     vision, text = twin.config.vision, twin.config.text
     facts = {
         "logit_scale": repr(float(twin.logit_scale.exp())),
-        **({} if twin.logit_bias is None else {LOGIT_BIAS: repr(float(twin.logit_bias))}),
+        **({} if twin.logit_bias is None else {shapes.LOGIT_BIAS: repr(float(twin.logit_bias))}),
         "image_px": str(vision.image_px),
         "image_mean": json.dumps(MEAN),
         "image_std": json.dumps(STD),
@@ -132,9 +126,9 @@ def _plain_twin(model: nn.Module) -> EvaClip:
     weights = {name: value.cpu().float() for name, value in loading.released_tensors(model).items()}
     if not weights:
         raise InputError("ONNX graphs are written from a whole model: save_model it first")
-    weights |= {name: weights[name].reshape(1) for name in SCALARS if name in weights}
-    if LOGIT_BIAS in weights:
-        twin.logit_bias = nn.Parameter(weights[LOGIT_BIAS])
+    weights |= {name: weights[name].reshape(1) for name in shapes.SCALARS if name in weights}
+    if shapes.LOGIT_BIAS in weights:
+        twin.logit_bias = nn.Parameter(weights[shapes.LOGIT_BIAS])
     twin.load_state_dict(weights, assign=True)
     return twin.eval().requires_grad_(False)
 
@@ -170,7 +164,7 @@ def _write_graph(
     return tuple(map(path.with_name, written))
 
 
-def _require_timm(config: VisionConfig, library: Library) -> None:
+def _require_timm(config: shapes.VisionConfig, library: Library) -> None:
     """Raises InputError: timm's Eva, which open_clip uses too, cannot be built like this."""
     if config.pooling != "class_token":
         what = "pooling 'mean' over the class token too"
@@ -186,9 +180,9 @@ def _require_timm(config: VisionConfig, library: Library) -> None:
     )
 
 
-def _timm_name(config: VisionConfig) -> str | None:
+def _timm_name(config: shapes.VisionConfig) -> str | None:
     for name, timm_name in _FORMS["timm names"].items():
-        known = ModelConfig.load(name).vision
+        known = shapes.ModelConfig.load(name).vision
         if known.model_copy(update={"drop_path": config.drop_path}) == config:
             return str(timm_name)
     return None

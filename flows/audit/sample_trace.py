@@ -20,16 +20,8 @@ from flows.graph import ancestry
 from flows.graph.outside_data import sort_takedowns
 from flows.graph.step import Step
 from tasks.artifacts.artifact import Artifact, Made, Role, read_artifacts
+from tasks.dataset import config as data
 from tasks.dataset.choose import Asked, find_asked
-from tasks.dataset.config import (
-    CAPTIONS,
-    LEFT_OUT,
-    REPORT,
-    STAGE as DATASET,
-    TAKEN_DOWN,
-    DatasetConfig,
-    OutsideFiles,
-)
 from tasks.dataset.dataset import Takedowns, make_dataset
 from tasks.dataset.lists import is_url as is_web_url, read_takedowns, takedowns_digest
 from tasks.index.sample_index import Kind, SampleIndex, read_verdicts, shard_location
@@ -109,7 +101,7 @@ def find_versions(
 ) -> Iterator[tuple[Artifact, int, dict[int, str]]]:
     """Dataset versions of a verification, its first row there, and why some `rows` are left out."""
     for one in artifacts:
-        if one.kind == DATASET.name:
+        if one.kind == data.STAGE.name:
             first = ancestry.first_row_in(one, verified, artifacts)
             if first is not None:
                 yield one, first, left_out(one, [first + row for row in rows])
@@ -122,7 +114,7 @@ def locate_shard(artifact: Artifact, shard: str) -> str:
 
 def _further_captions(version: Artifact, shard: str, key: str) -> Captions:
     """Return what a dataset version says of a sample besides the caption in its shard."""
-    if not (version.folder / CAPTIONS).is_dir():
+    if not (version.folder / data.CAPTIONS).is_dir():
         return {}
     for one in ShardManifest.read(version.folder / SHARDS).shards:
         if one.captions and locate_shard(version, one.path) == shard:
@@ -168,7 +160,7 @@ def take_down(file: Path, root: Path, is_dry: bool = False) -> list[Succession]:
     asked = sort_takedowns(entries)
     groups: defaultdict[str, list[Artifact]] = defaultdict(list)
     for artifact in artifacts:  # versions that differ in their takedowns alone, oldest first
-        if artifact.kind == DATASET.name:
+        if artifact.kind == data.STAGE.name:
             parents = {**artifact.parents, Role.TAKEDOWNS: ""}
             groups[json.dumps([parents, artifact.config], sort_keys=True)].append(artifact)
     made = (
@@ -181,7 +173,7 @@ def describe_unmatched(file: Path, root: Path) -> Iterator[str]:
     """The entries of `file` that no dataset version under `root` has a sample of, for a person."""
     entries, artifacts = read_takedowns([file]), read_artifacts(root)
     marks: set[str] = set()
-    versions = [artifact for artifact in artifacts if artifact.kind == DATASET.name]
+    versions = [artifact for artifact in artifacts if artifact.kind == data.STAGE.name]
     for folder in {ancestry.data_of(version, artifacts).folder for version in versions}:
         for kind, values in sort_takedowns(entries).items():
             for row in SampleIndex(folder).find_samples(kind, values):
@@ -210,7 +202,7 @@ def describe_unmatched(file: Path, root: Path) -> Iterator[str]:
 def left_out(version: Artifact, rows: Sequence[int]) -> dict[int, str]:
     """Return those of an index's rows that a dataset version leaves out, with the reason."""
     # row groups whose statistics say that they hold none of the rows are not read
-    table = pq.read_table(version.folder / LEFT_OUT, filters=pc.field("row").isin(list(rows)))
+    table = pq.read_table(version.folder / data.LEFT_OUT, filters=pc.field("row").isin(list(rows)))
     return dict(zip(table["row"].to_pylist(), table["reason"].to_pylist(), strict=True))
 
 
@@ -246,20 +238,24 @@ def _make_successor(
     if is_dry:
         removed = len(set(wanted) - left_out(old, wanted).keys())
         return Succession(old, old, removed, tuple(models.values()))
-    read = {one.digest: {*(one.folder / TAKEN_DOWN).read_text().splitlines()} for one in versions}
+    read = {
+        one.digest: {*(one.folder / data.TAKEN_DOWN).read_text().splitlines()} for one in versions
+    }
     obeyed = set(entries).union(*read.values())
     others = obeyed - read[old.digest] - set(entries)
     if others:  # obeyed by a version that is not among the ancestors of `old`
         rows = np.union1d(rows, find_asked(index, sort_takedowns(others)))
     ancestors = ancestry.ancestors_of(verified, artifacts)
-    rules = json.loads((old.folder / REPORT).read_text())["rules"]
-    config = DatasetConfig.from_mapping({**old.config, **rules}, where=str(old.folder / REPORT))
+    rules = json.loads((old.folder / data.REPORT).read_text())["rules"]
+    config = data.DatasetConfig.from_mapping(
+        {**old.config, **rules}, where=str(old.folder / data.REPORT)
+    )
     takedowns = Takedowns(tuple(sorted(obeyed)), lambda _: rows, old.folder)
 
     def make(_: Profile, out: Path, report: Report) -> Made:
-        return make_dataset(config, ancestors, OutsideFiles(), takedowns, out, report)
+        return make_dataset(config, ancestors, data.OutsideFiles(), takedowns, out, report)
 
     inputs = {**old.parents, Role.TAKEDOWNS: takedowns_digest(obeyed)}
-    new = Step(root, DATASET, config, inputs, make).make_artifact(load_profile(), report_nothing)
+    new = Step(root, data.STAGE, config, inputs, make).make_artifact(load_profile(), report_nothing)
     removed = int(new.counts["left_out"] - old.counts["left_out"])
     return Succession(old, new, removed, tuple(models.values()))

@@ -27,15 +27,7 @@ from flows.graph.step import finished_artifact
 from flows.promotion.promotion_events import announce_promotion
 from flows.reporting.prefect_artifacts import publish_lineage
 from flows.reporting.terminal import console
-from tasks.artifacts.artifact import (
-    DIGEST_CHARS,
-    MANIFEST,
-    Artifact,
-    Made,
-    Role,
-    read_artifacts,
-    sha256_of,
-)
+from tasks.artifacts import artifact as stored
 from tasks.evaluate.config import RESULTS
 from tasks.evaluate.metrics.metric import judged_metrics
 from tasks.progress import Report
@@ -60,7 +52,7 @@ class Approval(RunInput):
     why: str = Field(default="", description="Why; it is kept with the version.")
 
 
-def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
+def register_and_judge(session: RecipeSession, graph: Graph) -> stored.Artifact:
     """Register the graph's trained model with the gate's decision on it, but move nothing. The
     champion is among the models of the graph's evaluation, or is compared with now."""
     step, config, store = graph.register, session.recipe.registry, session.store
@@ -69,21 +61,21 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
         decision = read_decision(step.folder)
         registered_as = json.loads((step.folder / REGISTERED).read_text())["version"]
         if promotion.waits_for(store, config, registered_as, decision) is Waiting.STALE:
-            (step.folder / MANIFEST).unlink()
+            (step.folder / stored.MANIFEST).unlink()
     if not step.is_finished:
         decision = _judge_candidate(
             session, graph, promotion.require_champion(store, config.model_name, config.alias)
         )
     trained, evaluated = finished_artifact(graph.final), finished_artifact(graph.evaluate)
 
-    def register(profile: Profile, out: Path, report: Report) -> Made:
+    def register(profile: Profile, out: Path, report: Report) -> stored.Made:
         run, large = session.run.run_id(), profile.large_weights
         made = register_model(
             config, trained, evaluated, store, session.root, out, run, report, large
         )
         version = int(made.counts["version"])
         files = promotion.write_decision(store, config.model_name, version, decision, out)
-        return Made(made.counts, (*made.files, *files))
+        return stored.Made(made.counts, (*made.files, *files))
 
     registered = session.make_step(replace(step, work=register))
     page = (registered.folder / DECISION_PAGE).read_text()
@@ -94,7 +86,7 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
 
 
 def apply_decision(
-    config: RegisterConfig, store: TrackingStore, registered: Artifact, wanted: Promote
+    config: RegisterConfig, store: TrackingStore, registered: stored.Artifact, wanted: Promote
 ) -> bool:
     """Carry out the gate's decision on a registration as far as `wanted` lets it, asking a person
     where one shall be asked; returns whether the version became champion now. Called behind the
@@ -113,7 +105,9 @@ def apply_decision(
     return moved
 
 
-def carry_out_answer(recipe: str, overrides: Sequence[str], wanted: Promote) -> Artifact | None:
+def carry_out_answer(
+    recipe: str, overrides: Sequence[str], wanted: Promote
+) -> stored.Artifact | None:
     """Carry out what a person answered to this flow run before it was resumed, or say why not;
     returns the registration asked about, None where nothing was asked. A flow calls it before all
     else and ends with it: by now its recipe may have new data, and so another model."""
@@ -124,7 +118,7 @@ def carry_out_answer(recipe: str, overrides: Sequence[str], wanted: Promote) -> 
     asked = f"suspended-{_approval_key(config, '')}"
     given: Any = filter_flow_run_input(asked, limit=50)
     answers, name = {one.key.removeprefix(asked): one.value for one in given}, config.model_name
-    for registered in reversed(read_artifacts(profile.root.resolve()) if answers else []):
+    for registered in reversed(stored.read_artifacts(profile.root.resolve()) if answers else []):
         version = int(registered.counts.get("version", 0))
         said = answers.get(f"{version}-response")
         made = (registered.kind, registered.config.get("model_name"))
@@ -152,15 +146,17 @@ def champion_beside(session: RecipeSession, champion: promotion.Standing) -> Bes
     """The champion to evaluate another one beside: where it was trained, or a registry's copy."""
     folder = session.root / TRAIN.name / champion.digest / MODEL_FOLDER
     weights = folder / WEIGHTS_FILE
-    if not (champion.digest and weights.is_file() and sha256_of(weights) == champion.weights):
+    if not (
+        champion.digest and weights.is_file() and stored.sha256_of(weights) == champion.weights
+    ):
         name = session.recipe.registry.model_name
-        named = champion.weights[:DIGEST_CHARS] or f"{name}-{champion.version}"
+        named = champion.weights[: stored.DIGEST_CHARS] or f"{name}-{champion.version}"
         folder = session.root / PULLED / named
         if not (folder / WEIGHTS_FILE).is_file():
             model, places = f"{name}/{champion.version}", load_profile().weight_places
             pull_model(session.store.uri, model, folder, places=places)
-    mark = champion.weights or sha256_of(folder / WEIGHTS_FILE)
-    return Beside(CHAMPION, Role.CHAMPION, mark[:DIGEST_CHARS], folder)
+    mark = champion.weights or stored.sha256_of(folder / WEIGHTS_FILE)
+    return Beside(CHAMPION, stored.Role.CHAMPION, mark[: stored.DIGEST_CHARS], folder)
 
 
 def _judge_candidate(
@@ -168,12 +164,12 @@ def _judge_candidate(
 ) -> gate.Decision:
     policy, champion = session.recipe.registry.gate, None
     folders = {TRAINED: graph.final.folder / MODEL_FOLDER}
-    weights = {TRAINED: sha256_of(folders[TRAINED] / WEIGHTS_FILE)}
+    weights = {TRAINED: stored.sha256_of(folders[TRAINED] / WEIGHTS_FILE)}
     results = json.loads((graph.evaluate.folder / RESULTS).read_text())
     if standing is not None:
         beside = champion_beside(session, standing)
         folders[CHAMPION] = beside.folder
-        weights[CHAMPION] = standing.weights or sha256_of(beside.folder / WEIGHTS_FILE)
+        weights[CHAMPION] = standing.weights or stored.sha256_of(beside.folder / WEIGHTS_FILE)
         if weights[CHAMPION] != weights[TRAINED] and CHAMPION not in results["models"]:
             step = comparison_step(
                 *(graph.site, session.recipe.evaluate, graph.train, graph.final, graph.dataset),

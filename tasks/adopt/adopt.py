@@ -21,17 +21,9 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.reading.samples import BrokenShard, read_samples
 from evaclip_model.reading.urls import is_url
+from tasks.adopt import read_pairs as reading
 from tasks.adopt.config import AdoptConfig, AdoptedSource, Form
 from tasks.adopt.find_source import FoundSource, find_source, mark_files, without_known
-from tasks.adopt.read_pairs import (
-    IMAGE_COLUMNS,
-    URL_COLUMNS,
-    FoundPair,
-    NoPair,
-    PairFlaw,
-    column_types,
-    read_pairs,
-)
 from tasks.artifacts.artifact import INPUTS, Made, read_inputs
 from tasks.index import adopted_shards
 from tasks.progress import Report
@@ -51,13 +43,15 @@ class LeftOut:
     """Rows and files of a source that are not pairs, and the number of those that are."""
 
     reasons: Counter[str] = field(default_factory=Counter)
-    named: list[NoPair] = field(default_factory=list)
+    named: list[reading.NoPair] = field(default_factory=list)
     pairs: int = 0
 
-    def take_pairs(self, found: Iterable[FoundPair | NoPair]) -> Iterator[FoundPair]:
+    def take_pairs(
+        self, found: Iterable[reading.FoundPair | reading.NoPair]
+    ) -> Iterator[reading.FoundPair]:
         """Yield the pairs; count what is none, and keep the first ones."""
         for one in found:
-            if isinstance(one, FoundPair):
+            if isinstance(one, reading.FoundPair):
                 self.pairs += 1
                 yield one
             else:
@@ -71,7 +65,7 @@ class LeftOut:
         if not self.named:
             return ""
         where = os.fsencode(self.named[0].where).decode(errors="replace")  # as it can be shown
-        hint = OUTSIDE_HINT * (PairFlaw.OUTSIDE_FOLDER in self.reasons)
+        hint = OUTSIDE_HINT * (reading.PairFlaw.OUTSIDE_FOLDER in self.reasons)
         return f"{where}: {self.named[0].reason}{hint}"
 
     def __str__(self) -> str:
@@ -142,7 +136,7 @@ def _describe(
 def _pack_pairs(found: FoundSource, out: Path, per_shard: int, left: LeftOut) -> list[str]:
     """Pack a source's pairs; `left` keeps the counts. Refuse a source without any."""
     source, tars = found.source, list[Path]()
-    pairs = left.take_pairs(read_pairs(found))
+    pairs = left.take_pairs(reading.read_pairs(found))
     folder = out / PACKED / source.name
     folder.mkdir(parents=True)
     while batch := list(islice(pairs, per_shard)):
@@ -154,7 +148,7 @@ def _pack_pairs(found: FoundSource, out: Path, per_shard: int, left: LeftOut) ->
     return list(map(str, tars))
 
 
-def _write_tar(tar: Path, pairs: Sequence[FoundPair], first: int) -> None:
+def _write_tar(tar: Path, pairs: Sequence[reading.FoundPair], first: int) -> None:
     import webdataset  # it imports torch, which a source of shards needs not
 
     with (
@@ -191,7 +185,7 @@ def inspect_source(pattern: str, read_files: int = 4) -> SourceInspection | None
     if found.form == "shards":
         return _inspect_shards(found, read_files)
     inspection = SourceInspection(found.form, len(found.files), len(found.files))
-    pairs = read_pairs(found)
+    pairs = reading.read_pairs(found)
     deque(inspection.left.take_pairs(islice(pairs, MOST_PAIRS)), maxlen=0)
     inspection.is_cut_short = next(pairs, None) is not None
     return inspection
@@ -201,15 +195,15 @@ def _is_metadata(found: FoundSource) -> bool:
     """Return whether the first file has a column of addresses and none of images."""
     if found.form not in ("table", "parquet"):
         return False
-    names, typed = column_types(found.source, found.files[0])
-    is_without = not typed and not set(names) & set(IMAGE_COLUMNS)
-    return is_without and bool(set(names) & set(URL_COLUMNS))
+    names, typed = reading.column_types(found.source, found.files[0])
+    is_without = not typed and not set(names) & set(reading.IMAGE_COLUMNS)
+    return is_without and bool(set(names) & set(reading.URL_COLUMNS))
 
 
 def _inspect_shards(found: FoundSource, read_files: int) -> SourceInspection:
     # one that must be fetched is enough
     shards = [file for file in found.files[:read_files] if not is_url(file)] or found.files[:1]
-    left, named = LeftOut(), list[NoPair]()
+    left, named = LeftOut(), list[reading.NoPair]()
     with TemporaryDirectory() as folder:
         for shard in shards:
             try:
@@ -218,9 +212,11 @@ def _inspect_shards(found: FoundSource, read_files: int) -> SourceInspection:
                         if sample.flaw is None:
                             left.pairs += 1
                         else:
-                            named.append(NoPair(f"{shard}, sample {sample.key}", sample.flaw))
+                            named.append(
+                                reading.NoPair(f"{shard}, sample {sample.key}", sample.flaw)
+                            )
             except BrokenShard as error:
-                named.append(NoPair(shard, f"not a whole tar ({error})"))
+                named.append(reading.NoPair(shard, f"not a whole tar ({error})"))
     deque(left.take_pairs(named), maxlen=0)
     is_cut_short = len(shards) < len(found.files)
     return SourceInspection("shards", len(found.files), len(shards), left, is_cut_short)

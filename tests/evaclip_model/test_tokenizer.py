@@ -186,7 +186,7 @@ def test_a_context_without_room_for_the_ends_is_a_mistake():
 
 
 def test_a_missing_vocabulary_is_named(monkeypatch):
-    monkeypatch.setattr(tokenizer, "package_file", lambda name: None)
+    monkeypatch.setattr(tokenizer.assets, "package_file", lambda name: None)
     with pytest.raises(InputError, match="install open_clip_torch"):
         tokenizer._Words()
 

@@ -21,14 +21,8 @@ from evaclip_model.cpu.gloo_gather import all_gather_into_tensor
 from evaclip_model.errors import InputError
 from evaclip_model.model.layers import DTYPES
 from evaclip_model.training.config import RANK_STORE, TrainConfig
+from evaclip_model.training.engine import fp32_state as states
 from evaclip_model.training.engine.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config
-from evaclip_model.training.engine.fp32_state import (
-    Buffered,
-    Copied,
-    Fp32State,
-    Master,
-    Partitioned,
-)
 from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.optimizer import optimizer as optim
 
@@ -78,7 +72,7 @@ class Engine:
         groups: Sequence[optim.Group],
         named: Mapping[str, nn.Parameter],
         optimizer: optim.Lamb,
-        state: Fp32State,
+        state: states.Fp32State,
     ) -> None:
         self._config = config
         self._groups = groups
@@ -192,14 +186,16 @@ class Engine:
                 tensor.clamp_(*self._bounds[name])
 
 
-class PlainState(Fp32State):
+class PlainState(states.Fp32State):
     """Plain torch's masters, of one rank: the parameters, or fp32 copies of low ones, which take
     their gradients and begin at `exact`, the parameters before they were made low."""
 
     def __init__(self, named: Mapping[str, nn.Parameter], exact: Mapping[str, Tensor]) -> None:
         self._named = named
         masters = {name: _make_master(value, exact.get(name)) for name, value in named.items()}
-        self.held = [Master(name, 0, held, 0, held.numel()) for name, held in masters.items()]
+        self.held = [
+            states.Master(name, 0, held, 0, held.numel()) for name, held in masters.items()
+        ]
 
     def iterate_gradients(self) -> Iterator[tuple[str, Tensor]]:
         for master in self.held:
@@ -361,18 +357,20 @@ def make_optimizer(
     )
 
 
-def _fp32_state_of(wrapped: Any, optimizer: optim.Lamb, named: Mapping[str, Tensor]) -> Fp32State:
+def _fp32_state_of(
+    wrapped: Any, optimizer: optim.Lamb, named: Mapping[str, Tensor]
+) -> states.Fp32State:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     names = {parameter: name for name, parameter in named.items()}
     if isinstance(wrapped, DeepSpeedZeroOptimizer):
-        return Partitioned(wrapped, names)
+        return states.Partitioned(wrapped, names)
     if isinstance(wrapped, BF16_Optimizer):
-        return Buffered(wrapped, names)
+        return states.Buffered(wrapped, names)
     if wrapped is optimizer or isinstance(wrapped, FP16_UnfusedOptimizer):
-        return Copied(wrapped, named)
+        return states.Copied(wrapped, named)
     raise RuntimeError(f"LAMB cannot be bound to {type(wrapped).__name__}")
 
 

@@ -21,16 +21,11 @@ from torch import Tensor
 
 from evaclip_model.files import replace_file
 from evaclip_model.weights.tensor_files import write_tensors
-from evaclip_model.zeroshot.encode_chunks import (
-    IMAGE_CHUNK,
-    Subject,
-    encode_text_chunk,
-    iterate_text_blocks,
-)
+from evaclip_model.zeroshot import encode_chunks as making
 from evaclip_model.zeroshot.exact_ranks import build_classifier, fill_templates
 from tasks.evaluate.sets.published_layout import EvalSet
 
-IMAGE_BLOCK = 4 * IMAGE_CHUNK
+IMAGE_BLOCK = 4 * making.IMAGE_CHUNK
 """Images of one file; a kill costs at most one block."""
 FEATURES = "features"
 _KEYS, _CUT = "keys", "cut"
@@ -176,7 +171,7 @@ def answer_features(evalset: EvalSet, features: TextFeatures) -> Tensor:
 
 
 def encode_texts(
-    subject: Subject,
+    subject: making.Subject,
     texts: Sequence[str],
     folder: Path,
     rank: int = 0,
@@ -190,8 +185,8 @@ def encode_texts(
     `progress` is called with the number of texts of each block. InputError if features are not
     finite.
     """
-    for chunks in list(iterate_text_blocks(subject, texts))[rank::ranks]:
-        features = torch.cat([encode_text_chunk(subject, chunk) for _, chunk in chunks])
+    for chunks in list(making.iterate_text_blocks(subject, texts))[rank::ranks]:
+        features = torch.cat([making.encode_text_chunk(subject, chunk) for _, chunk in chunks])
         named = [texts[row] for rows, _ in chunks for row in rows]
         keys = b"".join(map(_text_key, named))
         name = hashlib.sha256(keys).hexdigest()[:32]

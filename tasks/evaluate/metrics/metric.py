@@ -18,13 +18,8 @@ from torch import Tensor
 from evaclip_model.zeroshot import statistics as stats
 from evaclip_model.zeroshot.exact_ranks import Ranking
 from evaclip_model.zeroshot.statistics import Curve, Ties
-from tasks.evaluate.metrics.scored import (
-    Scored,
-    groups_of,
-    image_of_caption,
-    labels_of,
-    positives_of,
-)
+from tasks.evaluate.metrics import scored as forms
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.sets.choice_questions import Form, Question
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.evaluate.sets.set_registry import Kind, KnownSet, PaperMetric
@@ -149,14 +144,14 @@ class CaptionHitShare(HitShare):
     images are drawn, in a bootstrap, unless each has one caption."""
 
     def _draw_averages(self, values: Tensor, evalset: EvalSet) -> Tensor:
-        return stats.resampled_means(values, image_of_caption(evalset))
+        return stats.resampled_means(values, forms.image_of_caption(evalset))
 
     def compute_interval(self, scored: Scored) -> Interval:
         evalset, values = scored.evalset, self._sample_values(scored)
         if len(evalset.captions) == len(evalset):
             return super().compute_interval(scored)
         draws = self._draw_averages(values, evalset)
-        images = stats.effective_units(image_of_caption(evalset).bincount())
+        images = stats.effective_units(forms.image_of_caption(evalset).bincount())
         mean = float(values.mean())
         return stats.design_interval(mean, draws, images, least=images, most=len(values))
 
@@ -195,14 +190,14 @@ class ClassMean(SampleMetric):
     """Share of hits in each class, then the mean over classes, with a bootstrap over samples."""
 
     def _average(self, values: Tensor, evalset: EvalSet) -> float:
-        return stats.mean_per_class(values, labels_of(evalset))
+        return stats.mean_per_class(values, forms.labels_of(evalset))
 
     def _draw_averages(self, values: Tensor, evalset: EvalSet) -> Tensor:
-        return stats.resampled_class_means(values, labels_of(evalset))
+        return stats.resampled_class_means(values, forms.labels_of(evalset))
 
     def compute_interval(self, scored: Scored) -> Interval:
         draws = self._draw_averages(self._sample_values(scored), scored.evalset)
-        samples = stats.effective_samples(labels_of(scored.evalset).bincount())
+        samples = stats.effective_samples(forms.labels_of(scored.evalset).bincount())
         return stats.design_interval(self.compute_value(scored), draws, samples, most=samples)
 
 
@@ -216,11 +211,11 @@ class MeanPrecision(Metric):
     curve: Curve
 
     def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
-        positives = positives_of(scored.evalset)
+        positives = forms.positives_of(scored.evalset)
         return stats.mean_average_precision(_class_scores(scored), positives, self.curve, ties)
 
     def compute_interval(self, scored: Scored) -> Interval:
-        positives = positives_of(scored.evalset)
+        positives = forms.positives_of(scored.evalset)
         images = int(positives.any(dim=1).sum())
         value, draws = self.compute_value(scored), self._bootstrap_draws(scored)
         return stats.design_interval(value, draws, images, most=max(images, int(positives.sum())))
@@ -232,7 +227,7 @@ class MeanPrecision(Metric):
         return _bootstrap_difference(difference, draws, len(a.evalset))
 
     def _bootstrap_draws(self, scored: Scored) -> Tensor:
-        scores, positives = _class_scores(scored), positives_of(scored.evalset)
+        scores, positives = _class_scores(scored), forms.positives_of(scored.evalset)
         return stats.resampled_precisions(scores, positives, self.curve)
 
 
@@ -295,7 +290,7 @@ def _bootstrap_difference(
 
 def _chance_of_precision(evalset: EvalSet) -> float:
     """Mean share of positives: of scores that know nothing, every threshold's precision is that."""
-    shares = positives_of(evalset).double().mean(dim=0)
+    shares = forms.positives_of(evalset).double().mean(dim=0)
     return float(shares[shares > 0].mean())
 
 
@@ -455,7 +450,7 @@ def count_ties(scored: Scored) -> int:
 def _hits_any_label(scored: Scored, ties: Ties) -> Tensor:
     """Return whether the first class is one of an image's, of the images that have any [Q]; classes
     that tie for the first place are in the order of their numbers."""
-    positives, scores = positives_of(scored.evalset), _class_scores(scored)
+    positives, scores = forms.positives_of(scored.evalset), _class_scores(scored)
     labelled = positives.any(dim=1)
     positives, scores = positives[labelled], scores[labelled]
     best = scores == scores.max(dim=1, keepdim=True).values
@@ -467,7 +462,7 @@ def _hits_any_label(scored: Scored, ties: Ties) -> Tensor:
 def _answers_and_labels(scored: Scored, ties: Ties) -> Tensor:
     """The class given and that of each image [Q, 2]."""
     assert scored.classes is not None, "Scored.check_complete comes first"
-    labels, top = labels_of(scored.evalset), scored.classes.top
+    labels, top = forms.labels_of(scored.evalset), scored.classes.top
     other = torch.where(top[:, 0] == labels, top[:, -1], top[:, 0])
     right = _resolve_ranks(scored.classes, ties) < 1
     return torch.stack([torch.where(right, labels, other), labels], dim=1)
@@ -480,7 +475,7 @@ def define_worst_group(k: int) -> Metric:
         title=f"top-{k} of the worst group",
         kind="classification",
         cells=lambda scored, ties: torch.stack(
-            [_resolve_ranks(scored.classes, ties) < k, groups_of(scored.evalset)], dim=1
+            [_resolve_ranks(scored.classes, ties) < k, forms.groups_of(scored.evalset)], dim=1
         ),
         figure=stats.worst_group_share,
         has_it=lambda evalset: all(one.group >= 0 for one in evalset.samples),

@@ -21,17 +21,9 @@ from evaclip_model.zeroshot.set_layout import is_system_file
 from tasks.encoders.open_models import explain_import, import_torchvision
 from tasks.evaluate.sets.choice_questions import Question
 from tasks.evaluate.sets.class_order import ClassOrder, Words, order_classes
+from tasks.evaluate.sets.convert import shard_writer as tars
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources, choice_sources
 from tasks.evaluate.sets.convert.label_table import LabelTable, read_label_table
-from tasks.evaluate.sets.convert.shard_writer import (
-    Conversion,
-    Found,
-    Source,
-    UnusableSourceError,
-    encode_png,
-    image_file,
-    write_set,
-)
 from tasks.evaluate.sets.convert.source_images import (
     class_folders,
     image_source,
@@ -50,7 +42,7 @@ OBJECTNET, OBJECTNET_1000 = "objectnet", "objectnet-1000"
 
 def convert_imagefolder(
     root: Path, folder: Path, words: Words, report: Report = report_nothing
-) -> Conversion:
+) -> tars.Conversion:
     """A folder of one folder of images a class; of ObjectNet, those that ImageNet has too, with
     their own names or with the labels of ImageNet's thousand that each of them stands for."""
     key = words.known.key if words.known else ""
@@ -83,7 +75,7 @@ def convert_table(
     several: bool = False,
     split: str = "",
     report: Report = report_nothing,
-) -> Conversion:
+) -> tars.Conversion:
     """Images that a table names with their labels (`read_label_table`)."""
     table = read_label_table(listing, images, columns, several, split)
     return _write_table(folder, table, ("table", listing, images), words, report, listing=listing)
@@ -97,7 +89,7 @@ def convert_torchvision(
     download: bool = False,
     split: str = "",
     report: Report = report_nothing,
-) -> Conversion:
+) -> tars.Conversion:
     """A set of torchvision's in `root`; `split` is another than the one evaluated."""
     dataset, entry = open_torchvision(known, root, download, split), torchvision_set(known)
     names, relabel = torchvision_names(known, dataset), entry.relabel
@@ -121,7 +113,7 @@ def convert_videos(
     words: Words,
     listing: Path | None = None,
     report: Report = report_nothing,
-) -> Conversion:
+) -> tars.Conversion:
     """The centre frames of the videos below `root`, by their folders or a list."""
     table = find_videos(root, listing)
     origin = ("videos", root, listing or "")
@@ -130,7 +122,7 @@ def convert_videos(
 
 def convert_voc(
     root: Path, folder: Path, words: Words, whole: bool = False, report: Report = report_nothing
-) -> Conversion:
+) -> tars.Conversion:
     table = read_voc(root, whole)
     classes = order_classes(table.words, words, where=str(root))
     words = replace(words, known=find_set("voc2007-multilabel" if whole else "voc2007"))
@@ -140,7 +132,7 @@ def convert_voc(
 
 def convert_captions(
     listing: Path, images: Path, folder: Path, split: str = "test", report: Report = report_nothing
-) -> Conversion:
+) -> tars.Conversion:
     sources = captioned_sources(listing, images, split)
     origin = ("captions", listing, images, split)
     return _write_set(folder, sources, origin, report, kind="retrieval", listing=listing)
@@ -148,7 +140,7 @@ def convert_captions(
 
 def convert_choice(
     listing: Path, images: Path, folder: Path, report: Report = report_nothing
-) -> Conversion:
+) -> tars.Conversion:
     sources, questions = choice_sources(listing, images)
     origin = ("choice", listing, images)
     return _write_set(folder, sources, origin, report, kind="choice", questions=questions)
@@ -164,7 +156,7 @@ def _write_table(
     *,
     listing: Path | None = None,
     by_class: bool = False,
-) -> Conversion:
+) -> tars.Conversion:
     """The set of a table from `origin`, (form, path, ...), in its order or class by class."""
     where, names = str(origin[1]), table.display_names
     classes = classes or order_classes(table.words, words, where=where, display_names=names)
@@ -182,7 +174,7 @@ def _write_table(
 
 def _write_set(
     folder: Path,
-    sources: Sequence[Source],
+    sources: Sequence[tars.Source],
     origin: Sequence[str | Path],
     report: Report,
     *,
@@ -191,7 +183,7 @@ def _write_set(
     words: Words | None = None,
     listing: Path | None = None,
     questions: Sequence[Question] = (),
-) -> Conversion:
+) -> tars.Conversion:
     places = [str(one.absolute() if isinstance(one, Path) else one) for one in origin]
     plan = {"origin": places, "sources": _digest_lines(f"{s.name}\t{s.stamp}" for s in sources)}
     if classes is not None:
@@ -200,7 +192,7 @@ def _write_set(
         plan["listing"] = _stamp_of_files(listing)
     elif listing is not None:
         plan["listing"] = hashlib.sha256(listing.read_bytes()).hexdigest()
-    made = write_set(
+    made = tars.write_set(
         *(folder, sources),
         kind=kind,
         plan=plan,
@@ -252,7 +244,7 @@ def read_voc(root: Path, whole: bool = False) -> LabelTable:
             continue
         for n, (word, box) in enumerate(boxes):
             stamp = f"{stamp_of(path)} {box}"
-            found.append(Source(f"{image}[{n}]", partial(_cut_box, path, box), stamp, (word,)))
+            found.append(tars.Source(f"{image}[{n}]", partial(_cut_box, path, box), stamp, (word,)))
     return LabelTable(found, classes, several=whole)
 
 
@@ -275,15 +267,15 @@ def _list_boxes(path: Path, classes: list[str]) -> list[tuple[str, Box]]:
     return found
 
 
-def _cut_box(path: Path, box: Box) -> Found:
+def _cut_box(path: Path, box: Box) -> tars.Found:
     try:
         image = decode_image(path.read_bytes())
     except UnreadableImageError as error:
-        raise UnusableSourceError(f"is not an image: {error}") from None
+        raise tars.UnusableSourceError(f"is not an image: {error}") from None
     left, top, right, bottom = box
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
-        raise UnusableSourceError(f"its box {box} is not inside the image")
-    return Found(encode_png(image.convert("RGB").crop((left, top, right, bottom))), "png")
+        raise tars.UnusableSourceError(f"its box {box} is not inside the image")
+    return tars.Found(tars.encode_png(image.convert("RGB").crop((left, top, right, bottom))), "png")
 
 
 MapDataset = Sequence[tuple[Any, Any]]
@@ -354,21 +346,23 @@ def class_names(
 
 def dataset_sources(
     dataset: MapDataset, relabel: Sequence[int] = (), stamp: str = ""
-) -> list[Source]:
+) -> list[tars.Source]:
     """Every sample of a data set object, whose label is `relabel[own label]` where that is given;
     `stamp` changes with the object's files."""
     name = type(dataset).__name__
     return [
-        Source(f"{name}[{index}]", partial(_read_sample, dataset, index, tuple(relabel)), stamp)
+        tars.Source(
+            f"{name}[{index}]", partial(_read_sample, dataset, index, tuple(relabel)), stamp
+        )
         for index in range(len(dataset))
     ]
 
 
-def _read_sample(dataset: MapDataset, index: int, relabel: tuple[int, ...]) -> Found:
+def _read_sample(dataset: MapDataset, index: int, relabel: tuple[int, ...]) -> tars.Found:
     image, label = dataset[index]
     if label is None:
-        raise UnusableSourceError("has no label")
+        raise tars.UnusableSourceError("has no label")
     number = relabel[int(label)] if relabel else int(label)
     if isinstance(image, Image.Image):
-        return Found(encode_png(image), "png", number)
-    return replace(image_file(image), answer=number)
+        return tars.Found(tars.encode_png(image), "png", number)
+    return replace(tars.image_file(image), answer=number)

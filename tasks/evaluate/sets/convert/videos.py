@@ -16,14 +16,9 @@ from PIL import Image
 
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.reading.urls import read_text
+from tasks.evaluate.sets.convert import source_images as source
 from tasks.evaluate.sets.convert.label_table import LabelTable, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Found, Source, UnusableSourceError, encode_png
-from tasks.evaluate.sets.convert.source_images import (
-    class_folders,
-    group_by_stem,
-    stamp_of,
-    walk_files,
-)
 
 SUFFIXES = frozenset((".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv"))
 
@@ -49,7 +44,7 @@ def find_videos(root: Path, listing: Path | None = None) -> LabelTable:
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected a folder of videos")
-    everything = list(walk_files(root))
+    everything = list(source.walk_files(root))
     videos = [path for path in everything if path.suffix.lower() in SUFFIXES]
     has_folders = any(path.is_dir() and path.name[0] != "." for path in root.iterdir())
     if not videos:
@@ -61,7 +56,9 @@ def find_videos(root: Path, listing: Path | None = None) -> LabelTable:
         )
     wanted = _wanted_names(listing) if listing else []
     from_list = bool(wanted) and all(word for _, word in wanted)
-    classes = [] if from_list and not has_folders else [one.name for one in class_folders(root)]
+    classes = (
+        [] if from_list and not has_folders else [one.name for one in source.class_folders(root)]
+    )
     if from_list and not {word for _, word in wanted} <= {*classes}:
         classes = sorted({word for _, word in wanted})
     found = [(path, _folder_of(path, root)) for path in videos if path.parent != root]
@@ -74,7 +71,7 @@ def find_videos(root: Path, listing: Path | None = None) -> LabelTable:
             elif path.parent == root:
                 missing.append((str(path), _LOOSE))
     else:
-        found, by_stem = [], group_by_stem(videos)
+        found, by_stem = [], source.group_by_stem(videos)
         for stem, word in dict.fromkeys(wanted):
             paths = by_stem.get(stem) or by_stem.get(_RANGE.sub("", stem), [])
             paths = [path for path in paths if _folder_of(path, root) == word] or paths
@@ -92,7 +89,7 @@ def find_videos(root: Path, listing: Path | None = None) -> LabelTable:
     if not found:
         raise InputError(f"{root} has none of the videos of {listing or 'its folders'}")
     images = [
-        Source(str(path), partial(_read_frame, path), stamp_of(path), (word,))
+        Source(str(path), partial(_read_frame, path), source.stamp_of(path), (word,))
         for path, word in found
     ]
     images += [Source(name, partial(_fail_with, why)) for name, why in missing]
