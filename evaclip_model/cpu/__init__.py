@@ -1,2 +1,1 @@
-"""Code that buys speed on CPUs alone, as measured in BENCHMARKS.md; a reader of the GPU path can
-skip this folder."""
+"""Code that buys speed on CPUs alone, as measured in BENCHMARKS.md; GPUs' path is without it."""

@@ -49,9 +49,8 @@ class Member(NamedTuple):
 
 
 class TarReader:
-    """The regular files of a tar, in stored order, from its file descriptor. `stretch_bytes` of
-    headers and contents are read at once, 0 while only headers are wanted; it may be changed
-    between two members."""
+    """A tar's regular files, in stored order, from its file descriptor. `stretch_bytes` of headers
+    and contents are read at once, 0 while only headers are wanted; it may change."""
 
     def __init__(self, tar: int) -> None:
         self._tar = tar

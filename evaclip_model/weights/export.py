@@ -41,8 +41,7 @@ def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path
             `local-dir:FOLDER`, transformers with `from_pretrained`, open_clip as `local-dir:FOLDER`
             where timm has the image tower by name; of other towers it has no config.
 
-    Raises InputError: `as_` is unknown, `path` has another suffix of weights, or the library has no
-    such architecture.
+    InputError: unknown `as_`, another suffix of `path`, no such architecture in the library.
     """
     path = Path(path)
     if as_ not in (known := get_args(Library)):

@@ -2,8 +2,7 @@
 trees for a person. Not here: single samples (flows/audit/sample_trace.py), the registry
 (tasks/register/model_versions.py), the picture (tasks/lineage/lineage_svg.py).
 
-A parent that is not an artifact under the root is data from outside, unless its role says that a
-step made it.
+A parent that is no artifact under the root is data from outside, unless its role is a step's.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -116,8 +116,7 @@ def _embed_shard(
     pool: Executor | None,
     count: Callable[[int], None],
 ) -> pa.Table:
-    """The features of a shard's usable samples, in stored order; `count` is told of each batch of
-    stored ones."""
+    """Features of a shard's usable samples, in stored order; `count` is told of each batch's."""
 
     def load(image: bytes | memoryview) -> Tensor:
         return subject.transform(decode_image(image))

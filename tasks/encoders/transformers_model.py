@@ -1,9 +1,7 @@
-"""CLIP and SigLIP of transformers behind the interface of open_models.py; the only importer of
-that library.
+"""CLIP and SigLIP of transformers behind open_models.py's interface; only this imports it.
 
-Architecture, preprocessing and tokenizer come from the model's own folder. No code of it runs, and
-weights are read from safetensors alone. SigLIP's scale and bias are left out, because they change
-no order of answers.
+Architecture, preprocessing and tokenizer come from the model's folder. None of its code runs;
+weights are safetensors alone. SigLIP's scale and bias are left out: they change no order.
 """
 
 import hashlib

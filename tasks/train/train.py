@@ -1,7 +1,6 @@
 """Training one stage in processes of its own, followed through its folder; trying a stage out.
 
-Not here: the training itself (evaclip_model/training/worker.py); what starts ranks
-(tasks/process).
+Not here: training itself (evaclip_model/training/worker.py), what starts it (tasks/process).
 """
 
 import json
@@ -215,8 +214,7 @@ def _run_training(follower: Follower, inputs: Inputs, launch: Launch) -> None:
 def _with_smaller_parts(
     config: training.TrainConfig, launch: Launch, tried: Launch | None
 ) -> Launch:
-    """`launch` with half as many pairs of a rank in memory at once; InputError: that was `tried`,
-    or the number is odd."""
+    """`launch` with half as many pairs of a rank at once; InputError: `tried`, or an odd number."""
     share = config.global_batch // _this_machine(config, launch).all_ranks
     pairs = min((tried or launch).micro_batch or share, share)
     if tried is not None or pairs % 2:

@@ -1,5 +1,4 @@
-"""Decisions that all ranks make alike, or one alone: results exchanged, one rank's failure made
-everybody's."""
+"""Decisions that all ranks make alike, or one alone: results and failures exchanged."""
 
 import errno
 from collections.abc import Callable
