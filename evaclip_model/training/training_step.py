@@ -45,8 +45,7 @@ _WORDS = np.uint64(0x776F726473)
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Samples of one rank, b of them, and what they are masked by; on the CPU, or pixels and masks
-    on the model's device already."""
+    """b samples of one rank, and their masks; on the CPU, or pixels and masks on the device."""
 
     images: Tensor
     """[b, 3, H, H] uint8 pixels, made floats part by part, never a large share at once."""

@@ -1,5 +1,4 @@
-"""The embedded database a merge runs in: its functions, its reading of URLs, its statements as
-files, its errors as sentences.
+"""The embedded database a merge runs in: functions, URLs, statements as files, errors as sentences.
 
 Not here: what the statements mean; see sql/ and units.py.
 """
