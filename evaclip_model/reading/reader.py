@@ -1,6 +1,6 @@
 """Batches for training, the same whatever the number of ranks and of reading processes.
 
-Not here: order (order.py), pixels (transform.py), shards (shard_store.py), tokens (trainer.py).
+Not here: order (order.py), pixels (transform.py), shards (shard_store.py), tokens and masks.
 
 A batch is a function of (shards, settings, step): a run that resumes asks for the next step, and
 nothing has to be replayed. A sample that cannot be decoded is counted and replaced by the one after

@@ -2,7 +2,7 @@
 trees for a person. Not here: single samples (flows/audit/sample_trace.py), the registry
 (tasks/register/model_versions.py), the picture (tasks/lineage/lineage_svg.py).
 
-A parent that is no artifact under the root is data from outside, unless its role is a step's.
+A parent that is not an artifact under the root is outside data, unless its role is a step's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +99,7 @@ def parts_of(data: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
 def first_row_in(
     version: Artifact, verified: Artifact, artifacts: Sequence[Artifact]
 ) -> int | None:
-    """Where a verification's samples begin in a dataset version's index; None: not there."""
+    """The row where a verification's samples begin in a version's index; None: not there."""
     above = _walk_upward(version, artifacts)
     if all(one.digest != verified.digest for one in above):
         return None

@@ -229,7 +229,7 @@ def _is_below(folder: str, place: str) -> bool:
 
 
 def _strip_captions(texts: Sequence[Any]) -> list[str]:
-    """What of a row's values can be a caption: texts and numbers, nothing built of them."""
+    """Values of a row that can be a caption: texts and numbers, nothing built of them."""
     plain = [text.decode() if isinstance(text, bytes) else text for text in texts]
     said = [str(text).strip() for text in plain if isinstance(text, str | int | float)]
     return [text for text in said if text]

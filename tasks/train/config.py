@@ -17,7 +17,7 @@ STAGE = Stage("train", 2, tools=("torch", "deepspeed"), ignores=DECIDE_NOTHING)
 
 
 class Launch(RankLaunch):
-    """How a run's ranks are started; changes no result. The field `x` is read from `EVACLIP_X`."""
+    """Settings of how ranks start; none changes a result. Field `x` is read from `EVACLIP_X`."""
 
     train_engine: Literal["deepspeed", "torch"] | None = None
     """What steps the optimizer; unset: DeepSpeed."""
