@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openlineage.client import event_v2, facet_v2
 from openlineage.client.serde import Serde
@@ -37,9 +37,6 @@ from tasks.lineage.journal import PIPELINE, Event, Journal
 from tasks.lineage.shipper import Shipper
 from tasks.redact import redact_settings
 from tasks.tracking import TrackingStore, import_mlflow
-
-if TYPE_CHECKING:
-    from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 
 _log = logging.getLogger(__name__)
 PRODUCER = "urn:evaclip"
@@ -88,7 +85,7 @@ class Tracking:
             about = {"digest": digest, "uri": self.store.uri, "experiment": self.store.experiment}
             journal = Journal.create_journal(self.journals, about)
         shipper = Shipper(self.store, self.journals, journal)
-        run = PipelineRun(self, shipper, name)
+        run = PipelineRun(self, shipper, PIPELINE, name)
         own = {f"{stage_record.PREFIX}recipe_digest": digest, "mlflow.source.name": name}
         try:
             with run.opened(name, None, {**own, **(tags or {})}, params or {}):
@@ -124,29 +121,25 @@ class Tracking:
         return None
 
 
+@dataclass(eq=False)
 class TrackedRun:
     """The common part of pipeline and stage runs: events that name their run, and its page."""
 
-    def __init__(
-        self,
-        tracking: Tracking,
-        shipper: Shipper,
-        key: str,
-        job: str,
-        address: Address | None = None,
-        parent: TrackedRun | None = None,
-    ) -> None:
-        """The run of `key` in the journal; `job` is its name among OpenLineage's."""
-        self._tracking = tracking
-        self._shipper = shipper
-        self.key = key
-        self._job = job
-        self._address = address
-        self._parent = parent
-        root = shipper.journal.about["key"]
-        self._uuid: uuid.UUID = uuid.uuid5(parent._uuid, key) if parent else uuid.UUID(root)
-        self._made: Artifact | None = None
-        status = shipper.journal.run_statuses().get(key)
+    _tracking: Tracking
+    _shipper: Shipper
+    key: str
+    """In the journal."""
+    _job: str
+    """Its name among OpenLineage's."""
+    _address: Address | None = None
+    _parent: TrackedRun | None = None
+    _made: Artifact | None = None
+
+    def __post_init__(self) -> None:
+        journal, parent, address = self._shipper.journal, self._parent, self._address
+        root = uuid.UUID(journal.about["key"])
+        self._uuid: uuid.UUID = uuid.uuid5(parent._uuid, self.key) if parent else root
+        status = journal.run_statuses().get(self.key)
         self.is_continued = status is not None
         self.is_over = status == "FINISHED"
         self.is_reused = address is not None and address.is_finished and not self.is_continued
@@ -232,9 +225,6 @@ class TrackedRun:
 
 
 class PipelineRun(TrackedRun):
-    def __init__(self, tracking: Tracking, shipper: Shipper, name: str) -> None:
-        super().__init__(tracking, shipper, PIPELINE, name)
-
     @contextmanager
     def stage_run(self, address: Address, title: str | None = None) -> Iterator[StageRun]:
         """The run of one stage, under this one; entered again, it is the same run. When `address`
@@ -335,7 +325,7 @@ def _write_samples(file: Path, every_s: float, stopped: threading.Event) -> None
         _log.warning("system metrics stopped: %s", error)
 
 
-def _sample_use(monitors: Sequence[BaseMetricsMonitor]) -> dict[str, float]:
+def _sample_use(monitors: Sequence[Any]) -> dict[str, float]:
     figures: dict[str, float] = {}
     for monitor in monitors:
         monitor.collect_metrics()

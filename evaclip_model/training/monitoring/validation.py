@@ -128,11 +128,9 @@ def encode_in_blocks(
 def _encode_texts(model: EvaClip, texts: Sequence[str], block: int = BLOCK) -> Tensor:
     """Unit features [len(texts), E], the same on every rank."""
     tokens = tokenize(texts, model.config.text.context_length)
-
-    def encode_some(some: slice) -> Tensor:
-        return model.encode_text(tokens[some], normalize=True)
-
-    return encode_in_blocks(model, len(tokens), encode_some, block)
+    return encode_in_blocks(
+        model, len(tokens), lambda some: model.encode_text(tokens[some], normalize=True), block
+    )
 
 
 class ProbeSet(NamedTuple):
