@@ -58,9 +58,8 @@ def pipeline(
     if dry_run:
         wanted, profile, graph = load_graph(recipe, overrides)
         machine = run_plan.Machine.this_machine(profile.root.resolve())
-        fits = run_plan.summarise_findings(
-            run_plan.recipe_findings(wanted, graph, profile, machine)
-        )
+        found = run_plan.recipe_findings(wanted, graph, profile, machine)
+        fits = run_plan.summarise_findings(found)
         page = f"{run_plan.plan_markdown(wanted, graph)}\n\nDoes it fit this machine? {fits}"
         create_markdown_artifact(page, key="plan")
         return
@@ -217,12 +216,10 @@ def retrain(
     return registered
 
 
-def _settle_last(
-    recipe: Recipe, store: TrackingStore, news: News, wanted: deciding.Promote
-) -> None:
+def _settle_last(recipe: Recipe, store: TrackingStore, news: News, asked: deciding.Promote) -> None:
     """Carry out what the gate said of the last model, where a run was killed before it did."""
     if news.last is not None:
-        deciding.apply_decision(recipe.registry, store, news.last.registered, wanted)
+        deciding.apply_decision(recipe.registry, store, news.last.registered, asked)
 
 
 def _publish_news(recipe: Recipe, news: News, end: str) -> None:

@@ -169,19 +169,17 @@ def _paper_figures(
         if (model := rows[name]) is None:
             continue
         for metric in metrics_in(figures):
-            if (
-                reference := published.find_published(model.row, evalset.name, metric.name)
-            ) is None:
+            if (printed := published.find_published(model.row, evalset.name, metric.name)) is None:
                 continue
             ruling = published.judge_figure(
-                figures[metric.name], reference, evalset, model, split=split
+                figures[metric.name], printed, evalset, model, split=split
             )
             found.setdefault(name, {})[metric.name] = {
-                "published": reference.value / 100,
-                "tolerance": reference.tolerance,
+                "published": printed.value / 100,
+                "tolerance": printed.tolerance,
                 "row": model.row,
                 **ruling._asdict(),
-                "errata": list(reference.errata),
+                "errata": list(printed.errata),
             }
     return found
 

@@ -125,9 +125,8 @@ def register_model(
     write_atomically(out / artifact.LINEAGE, lineage.to_json())
     write_atomically(out / REGISTERED, json.dumps(registered, indent=1) + "\n")
     report(4, 4, f"{name} version {version.version} is there")
-    return artifact.Made(
-        {"version": int(version.version)}, (out / REGISTERED, out / artifact.LINEAGE)
-    )
+    files = out / REGISTERED, out / artifact.LINEAGE
+    return artifact.Made({"version": int(version.version)}, files)
 
 
 def forget_if_gone(address: artifact.Address, store: TrackingStore) -> None:
