@@ -132,7 +132,9 @@ def require_decodable_jpeg(data: bytes, width: int, height: int, max_pixels: int
         raise TooCostlyImageError(f"{scans} scans of {width} x {height} pixels, more than {most}")
 
 
-def _guarded(decode: Callable[[bytes, int], DecodedImage], data: bytes, most: int) -> DecodedImage:
+def _guarded(
+    decode: Callable[[bytes, int], DecodedImage], data: bytes, max_pixels: int
+) -> DecodedImage:
     """Call `decode`; everything that hostile bytes make it raise becomes one kind of error."""
     if len(data) > MAX_BYTES:
         raise TooCostlyImageError(f"{len(data):,} bytes, more than {MAX_BYTES:,}")
@@ -140,7 +142,7 @@ def _guarded(decode: Callable[[bytes, int], DecodedImage], data: bytes, most: in
         with warnings.catch_warnings():
             # Pillow warns of large images and odd metadata; the limits here decide
             warnings.simplefilter("ignore")
-            return decode(data, most)
+            return decode(data, max_pixels)
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError as error:  # Pillow looks before we can

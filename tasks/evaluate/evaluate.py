@@ -112,7 +112,9 @@ def evaluate_models(
     return Made(counts_of(results), (out / RESULTS, out / ANSWERS, *written))
 
 
-def _open_sets(config: EvaluateConfig, sets: Mapping[str, Path], cache: Path) -> dict[str, EvalSet]:
+def _open_sets(
+    config: EvaluateConfig, sets: Mapping[str, Path], index_cache: Path
+) -> dict[str, EvalSet]:
     opened = {}
     own = load_metrics(config.metrics)
     for one in config.sets:
@@ -123,11 +125,11 @@ def _open_sets(config: EvaluateConfig, sets: Mapping[str, Path], cache: Path) ->
             one.templates,
             known=find_set(one.name),
             classnames=one.classnames,
-            index_cache=cache,
+            index_cache=index_cache,
             crop_px=one.crop_px,
         )
         if config.probes:
-            train = open_train_part(evalset, sets[one.name], cache)
+            train = open_train_part(evalset, sets[one.name], index_cache)
             figures = config.probe_figures if train else ()
             evalset = replace(evalset, train=train, probes=figures)
         opened[one.name] = replace(evalset, own_metrics=own)

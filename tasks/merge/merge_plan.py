@@ -355,13 +355,15 @@ def _plan_sidecar(
     return Sidecar(number, place, settings, tuple(zip(paths, keys, strict=True))), added
 
 
-def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, types: schema.PublishedColumns) -> str:
+def _sidecar_key(
+    sidecar: SidecarConfig, columns: ColumnMap, published: schema.PublishedColumns
+) -> str:
     if sidecar.on == "url":
         return schema.quote_identifier(columns.url)
     if sidecar.on == "id":
-        return schema.key_text(columns.id, types[columns.id]) if columns.id else "NULL"
-    if "hash" in types:
-        return schema.key_text("hash", types["hash"])
+        return schema.key_text(columns.id, published[columns.id]) if columns.id else "NULL"
+    if "hash" in published:
+        return schema.key_text("hash", published["hash"])
     names = map(schema.quote_identifier, (columns.url, columns.caption))
     text = " || ".join(f"coalesce({name}, '')" for name in names)
     return f"laion_hash({text})"

@@ -331,10 +331,12 @@ def kept_in(plan: MergePlan, part: int) -> str:
     return str(plan.temporary / f"{folder}/{part:06d}/survivors.parquet")
 
 
-def _read_survivors(plan: MergePlan, part: int, last: int = 1 << shuffle.BUCKET_BITS) -> pa.Table:
+def _read_survivors(
+    plan: MergePlan, part: int, last_bucket: int = 1 << shuffle.BUCKET_BITS
+) -> pa.Table:
     """The rows of a partition that deduplication leaves, numbered, with URL and caption."""
     path = plan.temporary / f"kept/{part:06d}/survivors.parquet"
-    rows = pq.ParquetFile(path).read().filter(pc.field("bucket") <= last)
+    rows = pq.ParquetFile(path).read().filter(pc.field("bucket") <= last_bucket)
     for column in _read_places(plan, plan.files, part, rows, "texts", "url", "caption"):
         rows = rows.append_column(*column)
     return rows.append_column("row", pa.array(np.arange(len(rows), dtype=np.int32)))

@@ -21,7 +21,9 @@ def parquet_schema(file: str, where: str) -> pa.Schema:
         raise InputError(f"{where}: {file} cannot be read as parquet ({said})") from None
 
 
-def read_parquet_rows(file: str, columns: Sequence[str], at_once: int) -> Iterator[tuple[Any, ...]]:
+def read_parquet_rows(
+    file: str, columns: Sequence[str], rows_at_once: int
+) -> Iterator[tuple[Any, ...]]:
     number = 0
     try:
         with open_binary(file) as raw:
@@ -29,7 +31,7 @@ def read_parquet_rows(file: str, columns: Sequence[str], at_once: int) -> Iterat
             parquet = pq.ParquetFile(raw, buffer_size=1 << 20)  # not a group of rows at once
             groups = range(parquet.num_row_groups)  # each iteration holds all that it has read
             for batch in chain.from_iterable(
-                parquet.iter_batches(at_once, [group], wanted) for group in groups
+                parquet.iter_batches(rows_at_once, [group], wanted) for group in groups
             ):
                 found = map(batch.column, columns)
                 values = [one.cast(_as_bytes(one.type)).to_pylist() for one in found]
