@@ -58,8 +58,9 @@ def pipeline(
     if dry_run:
         wanted, profile, graph = load_graph(recipe, overrides)
         machine = run_plan.Machine.this_machine(profile.root.resolve())
-        found = run_plan.recipe_findings(wanted, graph, profile, machine)
-        fits = run_plan.summarise_findings(found)
+        fits = run_plan.summarise_findings(
+            run_plan.recipe_findings(wanted, graph, profile, machine)
+        )
         page = f"{run_plan.plan_markdown(wanted, graph)}\n\nDoes it fit this machine? {fits}"
         create_markdown_artifact(page, key="plan")
         return
@@ -216,10 +217,12 @@ def retrain(
     return registered
 
 
-def _settle_last(recipe: Recipe, store: TrackingStore, news: News, asked: deciding.Promote) -> None:
+def _settle_last(
+    recipe: Recipe, store: TrackingStore, news: News, wanted: deciding.Promote
+) -> None:
     """Carry out what the gate said of the last model, where a run was killed before it did."""
     if news.last is not None:
-        deciding.apply_decision(recipe.registry, store, news.last.registered, asked)
+        deciding.apply_decision(recipe.registry, store, news.last.registered, wanted)
 
 
 def _publish_news(recipe: Recipe, news: News, end: str) -> None:

@@ -17,8 +17,10 @@ def spark_builder(name: str, cores: int | None = None) -> Any:
     builder: Any = SparkSession.builder.appName(name)
     if _names_cluster():
         return builder
-    own = {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
-    return builder.master(f"local[{cores or '*'}]").config(map={**own, "spark.ui.enabled": "false"})
+    here = {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
+    return builder.master(f"local[{cores or '*'}]").config(
+        map={**here, "spark.ui.enabled": "false"}
+    )
 
 
 def _names_cluster() -> bool:

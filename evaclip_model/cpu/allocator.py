@@ -14,8 +14,10 @@ _NEVER, _TRIM_DEFAULT, _MMAP_DEFAULT = -1, 128 * 1024, 65536
 
 def keep_freed_memory() -> bool:
     """From now on this process uses freed memory again; returns whether the C library obeys."""
-    libc = _load_glibc()
-    return bool(libc and libc.mallopt(_MMAP_MAX, 0) and libc.mallopt(_TRIM_THRESHOLD, _NEVER))
+    library = _load_glibc()
+    return bool(
+        library and library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, _NEVER)
+    )
 
 
 @contextmanager

@@ -264,7 +264,7 @@ class BatchReader:
         return torch.arange(first, first + len(self._lanes) * self._mixture.per_lane)
 
     def _start_workers(self, workers: int, first_step: int, steps: int) -> Iterator[Worker]:
-        config, names = self._config, set(SamplingConfig.model_fields)
+        config = self._config
         images = len(self._lanes) // workers * self._mixture.per_lane
         share = {
             "cache_bytes": self._settings.cache_bytes // workers,
@@ -274,7 +274,9 @@ class BatchReader:
         for worker in range(workers):
             settings = {
                 "shards": str(self._location),
-                "sampling": config.model_dump(mode="json", include=names),
+                "sampling": config.model_dump(
+                    mode="json", include=set(SamplingConfig.model_fields)
+                ),
                 "rank": self._rank * workers + worker,
                 "ranks": self._ranks * workers,
                 "settings": self._settings.model_dump(mode="json") | share,

@@ -330,11 +330,13 @@ def skip_tombstones(samples: Iterable[T], left_out: Set[int]) -> Iterator[T]:
     return (one for place, one in enumerate(samples) if place not in left_out)
 
 
-def _read_sample(key: str, held: Mapping[str, Member], tar: int, has_record: bool = True) -> Sample:
-    images = [held[extension] for extension in IMAGE_EXTENSIONS if extension in held]
-    caption_member = next((held[name] for name in CAPTION_EXTENSIONS if name in held), None)
+def _read_sample(
+    key: str, found: Mapping[str, Member], tar: int, has_record: bool = True
+) -> Sample:
+    images = [found[extension] for extension in IMAGE_EXTENSIONS if extension in found]
+    caption_member = next((found[name] for name in CAPTION_EXTENSIONS if name in found), None)
     flaw = None
-    if _REPEATED in held:
+    if _REPEATED in found:
         flaw = MemberFlaw.REPEATED_MEMBER
     elif not images:
         flaw = MemberFlaw.NO_IMAGE
@@ -356,7 +358,7 @@ def _read_sample(key: str, held: Mapping[str, Member], tar: int, has_record: boo
     elif caption_member is not None:
         flaw = flaw or MemberFlaw.TOO_LARGE
     record: Any = {}
-    if has_record and (stored := held.get(RECORD_EXTENSION)) is not None:
+    if has_record and (stored := found.get(RECORD_EXTENSION)) is not None:
         try:
             record = json.loads(stored.read(tar)) if stored.size <= MAX_TEXT_BYTES else None
         except (ValueError, RecursionError):
@@ -394,7 +396,9 @@ def choose_caption(
     captions any is drawn. Names that the sample lacks are passed over; where it has none of them,
     the stored caption is shown. The draw depends on `seed` and `position` alone.
     """
-    there = {name: share for name, share in weights.items() if name == STORED or further.get(name)}
+    there = {
+        name: weight for name, weight in weights.items() if name == STORED or further.get(name)
+    }
     if not there:
         return stored
     import numpy as np  # not where captions are read alone

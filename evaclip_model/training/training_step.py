@@ -166,10 +166,12 @@ def forward_backward(
         engine, (*final_features, *final_scalars.values()), (*by_part[-1], *d_scalars), last=False
     )
     del final_features, final_scalars  # and with them, the activations
-    zeros = [torch.zeros_like(gradient) for gradient in d_scalars]
+    nothing = [torch.zeros_like(gradient) for gradient in d_scalars]
     for number, (part, gradients) in enumerate(zip(earlier, by_part, strict=False), 1):
         features = (*_encode_part(module, part), *objective.read_scalars(module).values())
-        backward_from_features(engine, features, (*gradients, *zeros), last=number == len(earlier))
+        backward_from_features(
+            engine, features, (*gradients, *nothing), last=number == len(earlier)
+        )
     return _without_gradient(terms, images, texts, scalars)
 
 
@@ -285,8 +287,9 @@ def kept_tokens(tokens: Tensor, seed: int, positions: Sequence[int], count: int)
     """[B, `count`] ids of tokens [B, L]: of a longer caption start, end and random ones between
     them, in their order, drawn from the arguments alone (`positions`: as in `kept_patches`)."""
     ids, places = tokens.numpy(), np.arange(tokens.shape[1])
-    mixed = _mix_positions(seed, torch.tensor(positions))
-    rank = _draw_bits(_mix_bits(mixed + _WORDS), len(places))
+    rank = _draw_bits(
+        _mix_bits(_mix_positions(seed, torch.tensor(positions)) + _WORDS), len(places)
+    )
     ends = ids.argmax(1)[:, None]
     rank[(places == 0) | (places == ends)] = 0
     rank[places > ends] = np.iinfo(np.uint64).max

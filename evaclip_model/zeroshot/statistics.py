@@ -200,10 +200,12 @@ def f1_macro(cells: Tensor, counts: Tensor) -> Tensor:
     return mean
 
 
-def resampled_precisions(scores: Tensor, shown: Tensor, curve: Curve = area_under_curve) -> Tensor:
+def resampled_precisions(
+    scores: Tensor, positives: Tensor, curve: Curve = area_under_curve
+) -> Tensor:
     """Bootstrap draws of `mean_average_precision`, whole images drawn, [draws]: the same for any
     scores [N, C], so that differences between two models are differences on the same draws."""
-    figures = list(_class_figures(scores, shown, curve, "together"))
+    figures = list(_class_figures(scores, positives, curve, "together"))
     return torch.cat(
         [
             torch.stack([figure(weights) for figure in figures]).nanmean(dim=0)

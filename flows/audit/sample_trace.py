@@ -162,8 +162,10 @@ def take_down(file: Path, root: Path, is_dry: bool = False) -> list[Succession]:
         if artifact.kind == data.STAGE.name:
             parents = {**artifact.parents, Role.TAKEDOWNS: ""}
             groups[json.dumps([parents, artifact.config], sort_keys=True)].append(artifact)
-    new = (_make_successor(one, entries, asked, artifacts, root, is_dry) for one in groups.values())
-    return [succession for succession in new if succession is not None]
+    made = (
+        _make_successor(one, entries, asked, artifacts, root, is_dry) for one in groups.values()
+    )
+    return [succession for succession in made if succession is not None]
 
 
 def describe_unmatched(file: Path, root: Path) -> Iterator[str]:

@@ -218,9 +218,11 @@ def convert_choice(
     _run_conversion(partial(convert_choice, listing, source, folder))
 
 
-def _make_words(known_as: str, names: str, templates: str, order: Order, first: First) -> Words:
+def _make_words(
+    known_as: str, classnames: str, templates: str, order: Order, first: First
+) -> Words:
     known = _find_known(known_as) if known_as else None
-    return Words(known, names, templates, order, int(first) if first else None)
+    return Words(known, classnames, templates, order, int(first) if first else None)
 
 
 def _run_conversion(convert_set: Callable[..., Conversion]) -> None:

@@ -96,14 +96,16 @@ def parts_of(data: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
     return [parent_of(data, role, artifacts) for role in data.parents]
 
 
-def first_row_in(version: Artifact, data: Artifact, artifacts: Sequence[Artifact]) -> int | None:
+def first_row_in(
+    version: Artifact, verified: Artifact, artifacts: Sequence[Artifact]
+) -> int | None:
     """The row where a verification's samples begin in a version's index; None: not there."""
     above = _walk_upward(version, artifacts)
-    if all(one.digest != data.digest for one in above):
+    if all(one.digest != verified.digest for one in above):
         return None
     for join in (one for one in above if one.kind == JOIN.name):
         for part in read_parts(join.folder):
-            if part.digest == data.digest:
+            if part.digest == verified.digest:
                 return part.first_row
     return 0
 

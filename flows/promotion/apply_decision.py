@@ -70,8 +70,9 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> stored.Artifact:
 
     def register(profile: Profile, out: Path, report: Report) -> stored.Made:
         run, large = session.run.run_id(), profile.large_weights
-        models = trained, evaluated, store
-        made = register_model(config, *models, session.root, out, run, report, large)
+        made = register_model(
+            config, trained, evaluated, store, session.root, out, run, report, large
+        )
         version = int(made.counts["version"])
         files = promotion.write_decision(store, config.model_name, version, decision, out)
         return stored.Made(made.counts, (*made.files, *files))
@@ -144,8 +145,10 @@ def _approval_key(config: RegisterConfig, version: int | str) -> str:
 def champion_beside(session: RecipeSession, champion: promotion.Standing) -> Beside:
     """The champion to evaluate another one beside: where it was trained, or a registry's copy."""
     folder = session.root / TRAIN.name / champion.digest / MODEL_FOLDER
-    file = folder / WEIGHTS_FILE
-    if not (champion.digest and file.is_file() and stored.sha256_of(file) == champion.weights):
+    weights = folder / WEIGHTS_FILE
+    if not (
+        champion.digest and weights.is_file() and stored.sha256_of(weights) == champion.weights
+    ):
         name = session.recipe.registry.model_name
         named = champion.weights[: stored.DIGEST_CHARS] or f"{name}-{champion.version}"
         folder = session.root / PULLED / named

@@ -36,7 +36,7 @@ console = PlainConsole(width=None if sys.stdout.isatty() else LOG_WIDTH)
 @contextmanager
 def moving_bar(title: str) -> Iterator[Report]:
     """Show long work under way, as a bar or, where nobody watches, a line now and then."""
-    parts = (
+    columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<16}", markup=False),
         BarColumn(bar_width=24),
@@ -44,7 +44,9 @@ def moving_bar(title: str) -> Iterator[Report]:
         TextColumn("{task.fields[detail]}", markup=False),
         TimeElapsedColumn(),
     )
-    with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         row = bar.add_task(escape_control(title), total=None, detail="")
         last_line = time.monotonic()
 

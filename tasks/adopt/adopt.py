@@ -74,11 +74,13 @@ class LeftOut:
         return f" ({said}; the first is {self.first})" if said else ""
 
 
-def adopt_sources(config: AdoptConfig, out: Path, report: Report, old: Sequence[Path] = ()) -> Made:
+def adopt_sources(
+    config: AdoptConfig, out: Path, report: Report, given: Sequence[Path] = ()
+) -> Made:
     """Write the list of all shards into `out`, and pack there what has no shards; of the files of
-    earlier adoptions, in the folders `old`, none is taken again."""
+    earlier adoptions, in the folders `given`, none is taken again."""
     found = [find_source(source) for source in config.sources]
-    for earlier in map(read_inputs, old):
+    for earlier in map(read_inputs, given):
         found = [without_known(one, earlier.get(one.source.name, set())) for one in found]
     shutil.rmtree(out / PACKED, ignore_errors=True)
     shards: list[adopted_shards.AdoptedShard] = []
@@ -157,8 +159,10 @@ def _write_tar(tar: Path, pairs: Sequence[reading.FoundPair], first: int) -> Non
         for number, pair in enumerate(pairs, first):
             record = json.dumps(pair.record).encode()
             caption = pair.caption.encode("utf-8", "replace")
-            members = {pair.extension: pair.image, "txt": caption, "json": record}
-            writer.write({"__key__": f"{number:09d}", **members})
+            key = f"{number:09d}"
+            writer.write(
+                {"__key__": key, pair.extension: pair.image, "txt": caption, "json": record}
+            )
 
 
 @dataclass
@@ -208,8 +212,9 @@ def _inspect_shards(found: FoundSource, read_files: int) -> SourceInspection:
                         if sample.flaw is None:
                             left.pairs += 1
                         else:
-                            where = f"{shard}, sample {sample.key}"
-                            named.append(reading.NoPair(where, sample.flaw))
+                            named.append(
+                                reading.NoPair(f"{shard}, sample {sample.key}", sample.flaw)
+                            )
             except BrokenShard as error:
                 named.append(reading.NoPair(shard, f"not a whole tar ({error})"))
     deque(left.take_pairs(named), maxlen=0)

@@ -87,8 +87,10 @@ def artist_zip(artist: Artist) -> Path:
 
 def read_drawings(artist: Artist) -> dict[str, bytes]:
     """Concept key -> WebP bytes, 64 x 64 RGB on white."""
-    with zipfile.ZipFile(artist_zip(artist)) as file:
-        return {name.removesuffix(".webp"): file.read(name) for name in sorted(file.namelist())}
+    with zipfile.ZipFile(artist_zip(artist)) as archive:
+        return {
+            name.removesuffix(".webp"): archive.read(name) for name in sorted(archive.namelist())
+        }
 
 
 TEMPLATES = ("{c}", "an emoji of {c}.", "an icon of {c}.", "a drawing of {c}.", "the {c} emoji.")

@@ -169,17 +169,19 @@ def _paper_figures(
         if (model := rows[name]) is None:
             continue
         for metric in metrics_in(figures):
-            if (printed := published.find_published(model.row, evalset.name, metric.name)) is None:
+            if (
+                reference := published.find_published(model.row, evalset.name, metric.name)
+            ) is None:
                 continue
             ruling = published.judge_figure(
-                figures[metric.name], printed, evalset, model, split=split
+                figures[metric.name], reference, evalset, model, split=split
             )
             found.setdefault(name, {})[metric.name] = {
-                "published": printed.value / 100,
-                "tolerance": printed.tolerance,
+                "published": reference.value / 100,
+                "tolerance": reference.tolerance,
                 "row": model.row,
                 **ruling._asdict(),
-                "errata": list(printed.errata),
+                "errata": list(reference.errata),
             }
     return found
 

@@ -286,8 +286,9 @@ def _rows_with_equal_marks(lookup: Path) -> Ints:
     with pq.ParquetFile(lookup) as parquet:
         for group in range(parquet.num_row_groups):
             # DuckDB 2 marks columns that hold no nulls; 1.5 does not.
-            both = [last, parquet.read_row_group(group)]
-            table = pa.concat_tables(both, promote_options="default")
+            table = pa.concat_tables(
+                [last, parquet.read_row_group(group)], promote_options="default"
+            )
             marks, rows = table["mark"].to_numpy(), table["row"].to_numpy()
             same = marks[1:] == marks[:-1]
             found += [rows[1:][same], rows[:-1][same]]

@@ -47,7 +47,9 @@ REASONS = pa.schema([("source", pa.int32()), ("reason", pa.string()), ("rows", p
 KINDS = {"keys": KEYS, "texts": TEXTS}
 
 
-def write_rows(judged: Iterable[pa.RecordBatch], folder: Path, source: int, parts: int) -> None:
+def write_rows(
+    judged: Iterable[pa.RecordBatch], folder: Path, source: int, partitions: int
+) -> None:
     """Split the passing rows of one metadata file over the partitions; `judged` are rows of
     scan.sql, one batch a run, `key` as 32 hex digits, none where there is a `reason`."""
     dropped = Counter[str]()
@@ -57,8 +59,8 @@ def write_rows(judged: Iterable[pa.RecordBatch], folder: Path, source: int, part
         for run in judged:
             for count in pc.value_counts(pc.drop_null(run.column("reason"))).to_pylist():
                 dropped[count["values"]] += count["counts"]
-            ends.append([_append_batch(files, batch) for batch in _split_run(run, parts)])
-    found = np.array(ends, np.int64).reshape(-1, parts, len(KINDS))
+            ends.append([_append_batch(files, batch) for batch in _split_run(run, partitions)])
+    found = np.array(ends, np.int64).reshape(-1, partitions, len(KINDS))
     for number, kind in enumerate(KINDS):
         np.save(folder / f"{kind}.ends.npy", np.ascontiguousarray(found[:, :, number]))
     counts = [{"source": source, "reason": name, "rows": rows} for name, rows in dropped.items()]

@@ -450,8 +450,10 @@ def _choose_rows(
 def _read_places(
     plan: MergePlan, files: Sequence[MetadataFile], part: int, places: Any, kind: str, *names: str
 ) -> Iterator[tuple[str, pa.ChunkedArray]]:
-    """Columns of the rows of a partition that `places` names by `one` and `place` in them."""
-    tables = [shuffle.read_rows(rows_folder(plan, one), kind, part).select(names) for one in files]
+    """Columns of the rows of a partition that `places` names by `file` and `place` in them."""
+    tables = [
+        shuffle.read_rows(rows_folder(plan, file), kind, part).select(names) for file in files
+    ]
     begins = np.cumsum([0, *map(len, tables)])[:-1]
     indices = begins[np.asarray(places["file"]) - files[0].number] + np.asarray(places["place"])
     # Chunks are joined first, as their rows lie anywhere.

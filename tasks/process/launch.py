@@ -243,12 +243,14 @@ def external_command(program: Program, launch: RankLaunch) -> list[str]:
     return words
 
 
-def rank_environment(env: Mapping[str, str], ranks: int, cores: int, store: Path) -> dict[str, str]:
-    """`env` for the ranks of this machine: its cores shared out, nothing that others can reach.
+def rank_environment(
+    base: Mapping[str, str], ranks: int, cores: int, store: Path
+) -> dict[str, str]:
+    """`base` for the ranks of this machine: its cores shared out, nothing that others can reach.
     `store` is a file that is not there yet, in a folder of this user's alone."""
     return {
         "NCCL_SOCKET_IFNAME": "lo",
-        **env,
+        **base,
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": str(max(1, cores // ranks)),
         "PYTHONUNBUFFERED": "1",

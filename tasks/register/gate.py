@@ -106,13 +106,15 @@ class Decision(Config):
         return f"{head}{markdown_table(table)}\n"
 
 
-def decide_promotion(candidate: Candidate, champion: Champion | None, gate: GatePolicy) -> Decision:
+def decide_promotion(
+    candidate: Candidate, champion: Champion | None, policy: GatePolicy
+) -> Decision:
     """Decide whether `candidate` replaces `champion` (None: there is none yet)."""
-    listed = _list_reasons(candidate, champion, gate)
+    listed = _list_reasons(candidate, champion, policy)
     reasons = tuple(GateReason(rule=rule, outcome=out, says=says) for rule, out, says in listed)
     outcome = max((one.outcome for one in reasons), key=list(GateOutcome).index)
     number = champion.version if champion else None
-    return Decision(outcome=outcome, reasons=reasons, champion=number, policy=gate)
+    return Decision(outcome=outcome, reasons=reasons, champion=number, policy=policy)
 
 
 def gains_in(results: Mapping[str, Any], champion: str) -> dict[str, Gain]:
@@ -159,16 +161,18 @@ def _allow(within: bool) -> GateOutcome:
     return GateOutcome.PROMOTE if within else GateOutcome.REJECT
 
 
-def _cost_reasons(candidate: Candidate, champion: Champion, gate: GatePolicy) -> Iterator[_Reason]:
+def _cost_reasons(
+    candidate: Candidate, champion: Champion, policy: GatePolicy
+) -> Iterator[_Reason]:
     size = candidate.bytes / champion.bytes
-    measured = [("size", "the weights take", size, gate.max_size_ratio)]
-    if gate.max_latency_ratio is not None:
+    measured = [("size", "the weights take", size, policy.max_size_ratio)]
+    if policy.max_latency_ratio is not None:
         if candidate.latency_ms is None or champion.latency_ms is None:
             says = "the time of an image was not measured, and max_latency_ratio asks for it"
             yield "latency", GateOutcome.HOLD, says
         else:
             slower = candidate.latency_ms / champion.latency_ms
-            measured.append(("latency", "an image takes", slower, gate.max_latency_ratio))
+            measured.append(("latency", "an image takes", slower, policy.max_latency_ratio))
     for rule, what, ratio, limit in measured:
         if limit is not None:
             says = f"{what} {ratio:.2f} times the champion's, {limit:g} are allowed"

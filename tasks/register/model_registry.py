@@ -125,8 +125,9 @@ def register_model(
     write_atomically(out / artifact.LINEAGE, lineage.to_json())
     write_atomically(out / REGISTERED, json.dumps(registered, indent=1) + "\n")
     report(4, 4, f"{name} version {version.version} is there")
-    files = out / REGISTERED, out / artifact.LINEAGE
-    return artifact.Made({"version": int(version.version)}, files)
+    return artifact.Made(
+        {"version": int(version.version)}, (out / REGISTERED, out / artifact.LINEAGE)
+    )
 
 
 def forget_if_gone(address: artifact.Address, store: TrackingStore) -> None:

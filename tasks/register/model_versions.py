@@ -89,8 +89,9 @@ def resolve_version(client: MlflowClient, model: str) -> ModelVersion:
     name, _, number = (name, "", "") if at else model.partition("/")
     registered = find_answer(client.get_registered_model, name)
     if registered is None:
-        every = read_all_pages(client.search_registered_models)
-        names = ", ".join(sorted(one.name for one in every))
+        names = ", ".join(
+            sorted(one.name for one in read_all_pages(client.search_registered_models))
+        )
         raise InputError(f"no model '{name}' is registered; there are: {names or 'none yet'}")
     known = read_all_pages(client.search_model_versions, f"name='{name}'")
     versions = sorted(int(one.version) for one in known)
@@ -145,10 +146,12 @@ def made_from(tracking_uri: str, digest: str) -> list[str]:
         ]
 
 
-def _make_description(store: TrackingStore, client: MlflowClient, found: ModelVersion) -> Described:
+def _make_description(
+    store: TrackingStore, client: MlflowClient, version: ModelVersion
+) -> Described:
     from mlflow.artifacts import download_artifacts
 
-    source = client.get_model_version_download_uri(found.name, found.version)
+    source = client.get_model_version_download_uri(version.name, version.version)
     lineage, files, why = None, dict[str, int](), f"it was registered without {LINEAGE}"
     try:
         files = list_files(store, source)
@@ -160,8 +163,8 @@ def _make_description(store: TrackingStore, client: MlflowClient, found: ModelVe
             text = Path(download_artifacts(**place, dst_path=folder)).read_text()
         lineage = Lineage.from_mapping(json.loads(text), where=LINEAGE)
     return Described(
-        *(found.name, int(found.version), store.uri, tuple(sorted(found.aliases))),
-        *(found.creation_timestamp, dict(found.tags), lineage, why),
+        *(version.name, int(version.version), store.uri, tuple(sorted(version.aliases))),
+        *(version.creation_timestamp, dict(version.tags), lineage, why),
     )
 
 

@@ -166,10 +166,12 @@ def roll_back(
     return holder, to
 
 
-def carry_out(store: TrackingStore, config: RegisterConfig, version: int, judged: Decision) -> bool:
+def carry_out(
+    store: TrackingStore, config: RegisterConfig, version: int, decision: Decision
+) -> bool:
     """Make the version champion if the gate's decision to is due; True when it became so now."""
-    return waits_for(store, config, version, judged) is Waiting.DUE and promote_version(
-        *(store, config.model_name, config.alias, version, "gate", "gate", judged.summary)
+    return waits_for(store, config, version, decision) is Waiting.DUE and promote_version(
+        *(store, config.model_name, config.alias, version, "gate", "gate", decision.summary)
     )
 
 

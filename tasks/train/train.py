@@ -151,8 +151,9 @@ def train_model(
     """
     config = config.fit_to_shards(inputs.shards)
     if not (out / training.RESULT_FILE).is_file():
-        follower = Follower(config, out.resolve() / training.METRICS_FILE, report)
-        _run_training(follower, inputs, launch)
+        _run_training(
+            Follower(config, out.resolve() / training.METRICS_FILE, report), inputs, launch
+        )
     result = json.loads((out / training.RESULT_FILE).read_text())
     report(config.steps, config.steps, f"loss {result['final_loss']:.3f}")
     counts = {name: result[name] for name in ("steps", "samples_seen", "final_loss", "seconds")}
@@ -194,7 +195,7 @@ def _run_training(follower: Follower, inputs: Inputs, launch: Launch) -> None:
         if (out / training.RESULT_FILE).is_file():
             return
         if (out / training.MEMORY_FILE).is_file() or kernel_kills() > killed:
-            smaller = _with_smaller_parts(config, launch, old=smaller)
+            smaller = _with_smaller_parts(config, launch, tried=smaller)
             follower.report_event(
                 f"memory ran out: training continues with a micro-batch of {smaller.micro_batch}"
             )
@@ -210,11 +211,13 @@ def _run_training(follower: Follower, inputs: Inputs, launch: Launch) -> None:
     )
 
 
-def _with_smaller_parts(config: training.TrainConfig, launch: Launch, old: Launch | None) -> Launch:
-    """`launch` with half as many pairs of a rank at once; InputError: `old`, or an odd number."""
+def _with_smaller_parts(
+    config: training.TrainConfig, launch: Launch, tried: Launch | None
+) -> Launch:
+    """`launch` with half as many pairs of a rank at once; InputError: `tried`, or an odd number."""
     share = config.global_batch // _this_machine(config, launch).all_ranks
-    pairs = min((old or launch).micro_batch or share, share)
-    if old is not None or pairs % 2:
+    pairs = min((tried or launch).micro_batch or share, share)
+    if tried is not None or pairs % 2:
         raise InputError(
             f"training stage '{config.name}': a micro-batch of {pairs} does not fit into memory: "
             "set EVACLIP_MICRO_BATCH to less (a divisor of its share of the batch, "
@@ -237,10 +240,12 @@ def _log_end(out: Path) -> str:
     return f"the end of {out / LOG_FILE}:\n{_read_text(out / LOG_FILE)[-_LOG_TAIL:]}"
 
 
-def _start_ranks(watch: Follower, inputs: Inputs, launch: Launch, *, dry_run: bool = False) -> int:
+def _start_ranks(
+    follower: Follower, inputs: Inputs, launch: Launch, *, dry_run: bool = False
+) -> int:
     """Run the ranks once, to whatever end; returns the status of what started them. InputError: the
     trainer left a sentence for the user."""
-    config, out = watch.config, watch.metrics.parent
+    config, out = follower.config, follower.metrics.parent
     here = _this_machine(config, launch)
     job = out / training.JOB_FILE
     content = _make_job(config, inputs, out, launch, here).model_copy(update={"dry_run": dry_run})
@@ -254,9 +259,9 @@ def _start_ranks(watch: Follower, inputs: Inputs, launch: Launch, *, dry_run: bo
             log=out / LOG_FILE,
             grace_s=GRACE_S,
             env=env if here.is_alone else os.environ,
-            poll=watch.report_newest,
+            poll=follower.report_newest,
         )
-    watch.report_newest()
+    follower.report_newest()
     if (out / training.ERROR_FILE).is_file():
         raise InputError(f"training stage '{config.name}': {_read_text(out / training.ERROR_FILE)}")
     return status

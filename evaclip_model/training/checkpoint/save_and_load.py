@@ -389,7 +389,9 @@ def _read_into(tensor: Tensor, file: BinaryIO, buffer: Tensor) -> None:
         part.copy_(slab)
 
 
-def save_models(out: Path, start: Path, model: EvaClip, fragments: Fragments, rank: int) -> None:
+def save_models(
+    run_dir: Path, start: Path, model: EvaClip, fragments: Fragments, rank: int
+) -> None:
     """Write `model/`, and `model-ema/` when the fragments have a running mean; all ranks call it.
 
     The files hold the fp32 masters, not their rounding; and what was frozen as `start`, the model
@@ -417,7 +419,7 @@ def save_models(out: Path, start: Path, model: EvaClip, fragments: Fragments, ra
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(found[kind][name])
-        save_model(model, out / folder)
+        save_model(model, run_dir / folder)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

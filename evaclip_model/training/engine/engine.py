@@ -191,7 +191,9 @@ class PlainState(states.Fp32State):
     def __init__(self, named: Mapping[str, nn.Parameter], exact: Mapping[str, Tensor]) -> None:
         self._named = named
         masters = {name: _make_master(value, exact.get(name)) for name, value in named.items()}
-        self.held = [states.Master(name, 0, one, 0, one.numel()) for name, one in masters.items()]
+        self.held = [
+            states.Master(name, 0, held, 0, held.numel()) for name, held in masters.items()
+        ]
 
     def iterate_gradients(self) -> Iterator[tuple[str, Tensor]]:
         for master in self.held:

@@ -94,15 +94,17 @@ def is_decayed(name: str, shape: torch.Size) -> bool:
     return len(shape) > 1 and not name.endswith(".bias") and name.split(".")[-1] not in _POSITIONS
 
 
-def lr_factor(step: int, warmup: int, total_steps: int, schedule: Schedule = "cosine") -> float:
+def lr_factor(
+    step: int, warmup_steps: int, total_steps: int, schedule: Schedule = "cosine"
+) -> float:
     """Share of the peak learning rate at optimizer step `step`, counted from 0: a line from
     1/warmup to 1; then half a cosine, or a line, that reaches 0 at `total_steps`; or 1. Steps that
     were not taken count: rate and data stay side by side."""
-    if step < warmup:
-        return (step + 1) / warmup
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
     if schedule == "constant":
         return 1.0
-    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -246,11 +248,13 @@ class Lamb(torch.optim.Optimizer):
         # Counted by group: ZeRO calls `step` once for each, with the others hidden.
         group["updates"] += 1
         tensors: list[Tensor] = group["params"]
-        weights = [one.view(-1) for one in tensors]
-        if any(one.grad is None for one in tensors):
+        weights = [tensor.view(-1) for tensor in tensors]
+        if any(tensor.grad is None for tensor in tensors):
             raise ValueError("a parameter has no gradient: freeze it before making the optimizer")
-        directions = [one.grad.reshape(-1) for one in tensors if one.grad is not None]
-        moments = [[self.get_moments(one)[kind].view(-1) for one in tensors] for kind in MOMENTS]
+        directions = [tensor.grad.reshape(-1) for tensor in tensors if tensor.grad is not None]
+        moments = [
+            [self.get_moments(tensor)[kind].view(-1) for tensor in tensors] for kind in MOMENTS
+        ]
         spans = _merge_neighbours(group["pieces"])
         beta1, beta2 = self._betas
         for weight_decay, batch in batches_of(spans, group["parts"], weights[0].device):

@@ -219,7 +219,9 @@ def figures_without(scored: Scored, seen: Mask) -> Figures | None:
             images=scored.images and scored.images.select_queries(left[image_of_caption(evalset)]),
             scores=None if scored.scores is None else scored.scores[left],
             probes={
-                name: replace(one, rankings=tuple(x.select_queries(left) for x in one.rankings))
+                name: replace(
+                    one, rankings=tuple(each.select_queries(left) for each in one.rankings)
+                )
                 for name, one in scored.probes.items()
             },
         )

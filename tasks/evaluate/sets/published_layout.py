@@ -153,8 +153,10 @@ def open_set(
                 "image shows"
             )
         prompts = find_templates(name, templates, known, folder)
-        source, named = (one if isinstance(one, str) else "user" for one in (templates, classnames))
-        source += "" if named == "dataset" else f", class names {named}"
+        source, listed = (
+            one if isinstance(one, str) else "user" for one in (templates, classnames)
+        )
+        source += "" if listed == "dataset" else f", class names {listed}"
     samples = tuple(_read_sample(entry, tars, kind) for entry in entries)
     questions = read_questions(folder, [e.key for e in entries]) if kind == "choice" else ()
     asked = [[one.model_dump(mode="json") for one in questions]] if questions else []
@@ -171,7 +173,9 @@ def open_set(
     return replace(opened, warnings=tuple(_list_unexpected(opened)))
 
 
-def open_train_part(evalset: EvalSet, folder: Path, cache: Path | None = None) -> EvalSet | None:
+def open_train_part(
+    evalset: EvalSet, folder: Path, index_cache: Path | None = None
+) -> EvalSet | None:
     """The part of a classification set that probes learn from, with the set's own class numbers;
     None where it has none. InputError: it is unreadable, a link, or has another class."""
     part = folder / set_layout.TRAIN
@@ -181,7 +185,7 @@ def open_train_part(evalset: EvalSet, folder: Path, cache: Path | None = None) -
         raise InputError(f"{part} is a link: put the folder itself there (cp -al takes no space)")
     is_set = (part / set_layout.SPLIT).is_dir()
     tars = set_layout.find_tars(part) if is_set else set_layout.find_tars(folder, set_layout.TRAIN)
-    entries = _open_index(tars, evalset.kind, cache)
+    entries = _open_index(tars, evalset.kind, index_cache)
     here, there = evalset.classnames, part / set_layout.CLASSNAMES
     if (folder / set_layout.CLASSNAMES).is_file():
         here = set_layout.read_lines(folder / set_layout.CLASSNAMES, "one class name a line")

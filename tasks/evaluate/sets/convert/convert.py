@@ -332,11 +332,13 @@ def torchvision_names(known: KnownSet, dataset: MapDataset) -> tuple[str, ...]:
     return class_names(dataset, entry.names, entry.spaces)
 
 
-def class_names(data: MapDataset, attribute: str = "classes", spaces: str = "") -> tuple[str, ...]:
+def class_names(
+    dataset: MapDataset, attribute: str = "classes", spaces: str = ""
+) -> tuple[str, ...]:
     """Class names by this attribute of a data set object. Raises InputError: it has none."""
-    names: Sequence[Any] = getattr(data, attribute, ())
+    names: Sequence[Any] = getattr(dataset, attribute, ())
     if not names:
-        kind = type(data).__name__
+        kind = type(dataset).__name__
         raise InputError(f"{kind} has no {attribute}: give a file with one class name a line")
     table = str.maketrans(dict.fromkeys(spaces, " "))
     return tuple(str(name).translate(table).strip() for name in names)

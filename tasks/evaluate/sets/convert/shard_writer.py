@@ -41,7 +41,6 @@ IMAGES_PER_TAR = 1000
 _COPIED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Format of an image file -> its extension in a tar; other formats become PNG."""
 _RECORDS = "records"
-Facts = dict[str, Any]
 _QUESTION = "question "
 
 
@@ -134,7 +133,7 @@ def write_set(
     with lock:
         _start_folder(growing, decides)
         keys = [f"s{place:07d}" for place in range(len(sources))]
-        records: list[Facts] = []
+        records: list[dict[str, Any]] = []
 
         def read_part(first: int, part: Sequence[Source]) -> Iterator[Read]:
             results = zip(keys[first:], part, pool.map(_read_source, part), strict=False)
@@ -176,7 +175,7 @@ def encode_png(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def _start_folder(growing: Path, decides: Facts) -> None:
+def _start_folder(growing: Path, decides: dict[str, Any]) -> None:
     """Keep what is there if it is of the same plan, and empty the folder if it is not."""
     path = growing / CONVERSION
     if path.exists() and json.loads(path.read_text())["decides"] == decides:
@@ -191,8 +190,8 @@ def _start_folder(growing: Path, decides: Facts) -> None:
     write_atomically(path, json.dumps({"decides": decides}, ensure_ascii=False))
 
 
-def _write_tar(path: Path, read: Iterable[Read], kind: Kind, classes: int) -> Facts:
-    record: Facts = {"images": 0, "failures": [], "remarks": []}
+def _write_tar(path: Path, read: Iterable[Read], kind: Kind, classes: int) -> dict[str, Any]:
+    record: dict[str, Any] = {"images": 0, "failures": [], "remarks": []}
     with (
         # One name, as only one run writes here: what a killed run left is written over.
         replace_file(path, beside=path.with_name(f".{path.name}.part")) as beside,
@@ -241,7 +240,11 @@ def _answer_member(answer: Any, kind: Kind, classes: int) -> dict[str, bytes]:
 
 
 def _close_set(
-    growing: Path, folder: Path, decides: Facts, records: list[Facts], keys: Mapping[str, str]
+    growing: Path,
+    folder: Path,
+    decides: dict[str, Any],
+    records: list[dict[str, Any]],
+    keys: Mapping[str, str],
 ) -> Conversion:
     """Write what belongs to the whole set, and put it in its place; `keys` are those of sources."""
     if "questions" in decides:
@@ -287,7 +290,7 @@ def _close_set(
     return made
 
 
-def _read_finished(folder: Path, decides: Facts) -> Conversion | None:
+def _read_finished(folder: Path, decides: dict[str, Any]) -> Conversion | None:
     """The set that is there already; None where the same command made it of other sources. Raises
     InputError: something else is there."""
     path = folder / CONVERSION
@@ -304,7 +307,9 @@ def _read_finished(folder: Path, decides: Facts) -> Conversion | None:
     )
 
 
-def _make_conversion(folder: Path, records: Sequence[Facts], decides: Facts) -> Conversion:
+def _make_conversion(
+    folder: Path, records: Sequence[dict[str, Any]], decides: dict[str, Any]
+) -> Conversion:
     failures, remarks = (
         tuple((name, reason) for record in records for name, reason in record[kind])
         for kind in ("failures", "remarks")
