@@ -1,4 +1,5 @@
-"""The one place where bytes from strangers become pixels. Cutting and resizing are transform.py's.
+"""The one place where bytes from strangers become pixels. What part of an image is taken and how it
+is resized is transform.py's.
 
 Limits are checked in the header before anything is decoded; a clock stops what a header cannot
 tell. Only the first frame is decoded. No format is opened for which Pillow starts a program (EPS).

@@ -1,6 +1,7 @@
 """Batches for training, the same whatever the number of ranks and of reading processes.
 
-Not here: order (order.py), pixels (transform.py), shards (shard_store.py), tokens and masks.
+Not here: the order (order.py); pixels (transform.py); fetching shards (shard_store.py); tokens and
+masks (training/trainer.py).
 
 A batch is a function of (shards, settings, step): a run that resumes asks for the next step, and
 nothing has to be replayed. A sample that cannot be decoded is counted and replaced by the one after

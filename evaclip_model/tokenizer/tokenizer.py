@@ -136,7 +136,8 @@ class _Words(dict[str, int]):
         self._start_anew()
 
     def look_up(self, words: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Ids of all words in order [N], how many each caption has [B]; each ends with `_BREAK`."""
+        """Ids of all words in their order [N], and how many each caption has [B]; each ends with
+        `_BREAK`, a word without ids."""
         with self._lock:
             if len(self) > MOST_WORDS:
                 self._start_anew()

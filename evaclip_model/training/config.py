@@ -375,7 +375,8 @@ class TrainJob(Config):
     start_from: Path
     """Folder of the model to start from (config.json, model.safetensors)."""
     shards: Path | str
-    """Manifest of the shards beside it, `shards.json`: a path, or a URL that fsspec knows."""
+    """Manifest of the training shards, `shards.json`: a path, or a URL that fsspec knows. The
+    shards lie where it lies."""
     teachers: tuple[Path, ...] = ()
     """Folder of the features by each of the stage's teachers (reading/teacher_features.py)."""
     run_dir: Path

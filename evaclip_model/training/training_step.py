@@ -45,7 +45,8 @@ _WORDS = np.uint64(0x776F726473)
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """b samples of one rank, and their masks; on the CPU, or pixels and masks on the device."""
+    """Samples of one rank, b of them, and what they are masked by; on the CPU, or pixels and masks
+    on the model's device already."""
 
     images: Tensor
     """[b, 3, H, H] uint8 pixels, made floats part by part, never a large share at once."""

@@ -73,7 +73,8 @@ class CheckpointManifest:
 
     @classmethod
     def from_text(cls, text: str, where: str) -> Self:
-        """UnusableCheckpoint: altered, cut off, of the first form; InputError: of a later form."""
+        """Raises UnusableCheckpoint: altered, cut off, or of the first form; InputError: of a form
+        that this version does not know yet."""
         try:
             content = json.loads(text)
             version = content.get("version", 1)

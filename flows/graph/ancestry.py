@@ -99,7 +99,8 @@ def parts_of(data: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
 def first_row_in(
     version: Artifact, verified: Artifact, artifacts: Sequence[Artifact]
 ) -> int | None:
-    """The row where a verification's samples begin in a version's index; None: not there."""
+    """The row at which a verification's samples begin in the index of a dataset version's data;
+    None if they are not in it."""
     above = _walk_upward(version, artifacts)
     if all(one.digest != verified.digest for one in above):
         return None

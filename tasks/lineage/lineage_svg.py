@@ -1,6 +1,7 @@
 """A lineage document (tasks/artifacts/artifact.py) as one SVG that needs no other file.
 
-From left to right: an artifact stands right of all it was made from; colours: lineage.svg.j2.
+From left to right: an artifact stands right of all it was made from. Not here: its drawing and its
+colours (lineage.svg.j2).
 """
 
 from collections.abc import Mapping, Sequence

@@ -138,7 +138,8 @@ class BlocklistConfig(Config):
 
 
 class FilterConfig(Config):
-    """Rules a row must pass. One without a limit is off, or for a source without its column."""
+    """Rules a row must pass. A rule without a limit is off; a source is not judged by a rule
+    whose column it does not have."""
 
     blocklists: BlocklistConfig = BlocklistConfig()
     min_caption_chars: int = Field(default=3, ge=1)
@@ -191,7 +192,8 @@ class MergeConfig(Config):
     """In order of preference: of two rows with the same URL the earlier source's stays."""
     filters: FilterConfig = FilterConfig()
     seed: int = 0
-    """Decides which rows are selected, and their order; a larger target count adds to them."""
+    """Decides which rows are selected, and their order. A larger target count with the same seed
+    selects the same rows and more."""
     rows_per_file: int = Field(default=10_000, gt=0)
     """Rows of an output file; a multiple of the download's samples_per_shard."""
     engine: Literal["duckdb", "spark"] = "duckdb"

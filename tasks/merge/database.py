@@ -1,4 +1,5 @@
-"""The embedded database a merge runs in: functions, URLs, statements as files, errors as sentences.
+"""The embedded database a merge runs in: its functions, its reading of URLs, its statements as
+files, its errors as sentences.
 
 Not here: what the statements mean; see sql/ and units.py.
 """

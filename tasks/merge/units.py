@@ -45,7 +45,8 @@ from tasks.merge.merge_plan import (
 from tasks.tables.parquet_tables import cut_tables
 
 FINDINGS = "findings.json"
-"""In a file's folder of rows: entries of blocklists they match, and how many passed unjudged."""
+"""In the folder of a metadata file's rows: the entries of blocklists that they match, and how many
+of those that pass a rule could not judge."""
 OUTPUT = pa.schema(
     {
         **dict.fromkeys(("uid", "source", "url", "caption", "original_id"), pa.string()),

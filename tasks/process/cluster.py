@@ -2,7 +2,8 @@
 that submits it and stays until it is over, `python -m tasks.process.cluster KIND SCRIPT NAME
 SECONDS`; it goes on with a job of that name that an earlier process submitted and could not end.
 
-Not here: what the ranks make of Slurm's variables (evaclip_model/training/worker.py).
+Not here: what the ranks make of Slurm's variables (evaclip_model/training/worker.py); what came of
+the job: that is in the run's folder.
 
 Exit codes: 0 the job is over, however it ended; 75 it was cancelled on SIGTERM; 1 the cluster's
 command fails, with its own words in the log.

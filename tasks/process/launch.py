@@ -5,7 +5,8 @@ sentence for the user if it gives up: whoever started the ranks reads those.
 
 Not here: ranks that train (tasks/train/train.py), jobs of Slurm and Kubernetes (cluster.py).
 
-Every rank gets the job file's path alone: launchers mix their options with those of others.
+Every rank gets the path of the job file and no other argument: launchers mix their options with
+those of what they launch.
 """
 
 import os

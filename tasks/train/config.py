@@ -17,7 +17,8 @@ STAGE = Stage("train", 2, tools=("torch", "deepspeed"), ignores=DECIDE_NOTHING)
 
 
 class Launch(RankLaunch):
-    """Settings of how ranks start; none changes a result. Field `x` is read from `EVACLIP_X`."""
+    """Settings of starting the ranks of a training run; none changes a result. The field `x` is
+    read from the environment as `EVACLIP_X`."""
 
     train_engine: Literal["deepspeed", "torch"] | None = None
     """What steps the optimizer; unset: DeepSpeed."""
@@ -26,7 +27,8 @@ class Launch(RankLaunch):
     compile: bool = False
     """Whether torch's compiler fuses the operations of every block; worth it on a GPU."""
     checkpoint_url: str | None = None
-    """Folder of checkpoints (s3://bucket/runs), each stage under its digest; unset: its own."""
+    """Folder of checkpoints that fsspec knows (s3://bucket/runs), each stage under its digest;
+    unset: in the stage's own folder."""
     probe: Path | None = None
     """A small evaluation set that recipes with `probe_every_steps` classify during training."""
     read_workers: int | None = Field(None, ge=0)

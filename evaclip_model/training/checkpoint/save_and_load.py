@@ -260,7 +260,8 @@ def _tensors_by_key(fragments: Fragments) -> dict[str, Tensor]:
 
 
 def settings_of(config: TrainConfig, architecture: ModelConfig) -> dict[str, Any]:
-    """A run's `TrainingProgress.settings`; `architecture` at the size of its images."""
+    """The settings that a run's checkpoints belong to, `TrainingProgress.settings`; `architecture`
+    at the size of its images."""
     return {**config.deciding, "model": architecture.model_dump(mode="json")}
 
 

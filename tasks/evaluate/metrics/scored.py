@@ -90,7 +90,8 @@ def image_of_caption(evalset: EvalSet) -> Tensor:
 
 
 def score_set(evalset: EvalSet, images: Tensor, texts: Tensor) -> Scored:
-    """Rank images [N, D] against a classifier [C, D] or captions [T, D]; or compare by question."""
+    """Rank images [N, D] against a text classifier [C, D], or captions [T, D] both ways; or
+    compare those of each question."""
     if evalset.kind == "classification":
         return Scored(
             evalset, classes=exact_ranks.rank_classes(images, texts, labels_of(evalset), SHOWN)

@@ -1,6 +1,7 @@
 """Class names and prompt templates of a set, each from a source that the recipe names.
 
-There is no source of last resort: a figure under other prompts looks like any other figure.
+There is no source of last resort: a set whose source lacks it is an error, because a figure under
+other prompts looks like any other figure.
 """
 
 import functools

@@ -235,7 +235,8 @@ def _tab_separated(text: str) -> Iterator[list[str]]:
 
 
 def match_column(columns: Iterable[str], kind: str) -> str:
-    """The first column named in column_names.json, of labels names before numbers; "" for none."""
+    """The column with the first of the names in column_names.json that one has, of labels names
+    before numbers; "" where none has any."""
     plain = {one.strip().casefold().replace(" ", "_"): one for one in reversed([*columns])}
     return next((plain[name] for name in _COLUMNS[kind] if name in plain), "")
 
