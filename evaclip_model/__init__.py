@@ -1,6 +1,7 @@
 """EVA-CLIP in torch: models, weights, data reading, training and zero-shot evaluation.
 
-Names are imported when first used: reading a config or an error does not wait for torch.
+Names are imported when they are first used, so that reading a config or an error does not wait
+for torch.
 """
 
 import importlib

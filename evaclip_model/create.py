@@ -135,7 +135,8 @@ def interpolate_weights(start: str | Path, end: str | Path, weight: float) -> Ev
 def open_model(
     folder: str | Path, precision: Precision = "fp32", attention: AttentionChoice = "auto"
 ) -> EvaClip:
-    """Open what `save_model` wrote, in evaluation mode; InputError: missing, ill-matched files."""
+    """Open what `save_model` wrote, in evaluation mode; raises InputError: missing or ill-matched
+    files."""
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():

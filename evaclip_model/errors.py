@@ -10,8 +10,9 @@ _MOST_CHARS = 8000
 
 class InputError(ValueError):
     """One sentence for the user: which file, row or field, what was expected, what to do. Command
-    lines print it alone and exit with status 2. It is shown without control characters, names
-    without end by their beginning."""
+    lines print it alone and exit with status 2. Wherever it is shown it has no control characters,
+    and of names without end their beginning.
+    """
 
     def __init__(self, sentence: str) -> None:
         if len(sentence) > _MOST_CHARS:

@@ -174,7 +174,8 @@ def import_mlflow() -> None:
 
 
 def restore_run(client: MlflowClient, run_id: str) -> bool:
-    """Restore a run somebody deleted, with its experiment; False for one gone for good."""
+    """Restore a run that somebody deleted, with its experiment; False for one that is gone for
+    good."""
     run = find_answer(client.get_run, run_id)
     if run is None:
         return False

@@ -1,1 +1,2 @@
-"""Code that buys speed on CPUs alone, as measured in BENCHMARKS.md; GPUs' path is without it."""
+"""Code that buys speed on CPUs alone, as measured in BENCHMARKS.md; a reader of the GPU path can
+skip this folder."""

@@ -13,7 +13,8 @@ _NEVER, _TRIM_DEFAULT, _MMAP_DEFAULT = -1, 128 * 1024, 65536
 
 
 def keep_freed_memory() -> bool:
-    """From now on this process uses freed memory again; returns whether the C library obeys."""
+    """Use freed memory again instead of returning it, in this process, from now on; returns whether
+    the C library obeys."""
     library = _load_glibc()
     return bool(
         library and library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, _NEVER)

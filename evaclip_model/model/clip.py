@@ -140,7 +140,8 @@ class VisionTower(nn.Module):
         self, images: Tensor, kept: Tensor | None = None, branches: Tensor | None = None
     ) -> Tensor:
         """Features [B, E] of images, or of what is left of them, not normalised; arguments as
-        `EvaClip.encode_image`, cast to the tower's dtype. ValueError: another size."""
+        `EvaClip.encode_image`, images cast to the tower's dtype. Raises ValueError: another size.
+        """
         size = self.config.image_px
         if images.shape[1:] != (3, size, size):
             raise ValueError(

@@ -3,7 +3,8 @@ kernels, MLPs, stochastic depth, gradient checkpointing.
 
 Not here: how parts make a block or a tower (clip.py).
 
-Shapes: B batch, S tokens or keys, Q queries, H heads, D channels a head, W = H * D.
+Shapes: B batch, S tokens or keys, Q queries, H heads, D channels a head, W = H * D channels of a
+tower.
 """
 
 import importlib

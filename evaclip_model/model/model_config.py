@@ -1,5 +1,6 @@
 """The architecture of one EVA-CLIP model, as data: what tells the published variants apart, by
-name, by file or from the authors' own form. Imports no torch: recipes are checked quickly.
+name, by file or from the authors' own form. Does not import torch, so that recipes are checked
+quickly.
 
 The authors' form has their builders' defaults. What only makes their code faster is accepted and
 has no effect; what would change a result and is not in any published model is refused.

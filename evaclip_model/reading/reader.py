@@ -9,8 +9,9 @@ it in the same window. webdataset's pipelines know no place to go on from.
 
 Processes may read and decode ahead. A worker is a rank within the rank: it owns an equal run of the
 rank's lanes and makes their part of every step, so how many there are changes no batch and no shard
-is read twice. Images come in shared memory, a ring of `SLOTS` steps; captions and counts in a line
-of JSON. A worker whose rank is gone reads the end of its input, or fails to write, and ends.
+is read twice. Images come in memory shared with the rank, a ring of `SLOTS` steps; captions and
+counts in a line of JSON. A worker whose rank is gone reads the end of its standard input, or fails
+to write, and ends.
 """
 
 from __future__ import annotations
@@ -130,8 +131,9 @@ class BatchReader:
         ranks: int,
         settings: ReadSettings,
     ) -> None:
-        """Plan the reading of a manifest's shards, a path or a URL. InputError: a source without
-        any, fewer samples than lanes or than a step takes, ranks do not divide the lanes."""
+        """Plan the reading of the shards of a manifest, a path or a URL. Raises InputError: a
+        source without shards, fewer samples than lanes or than a step takes, or ranks that do not
+        divide the lanes."""
         self._config = config
         self._location = shards
         self._rank, self._ranks = rank, ranks
@@ -433,7 +435,8 @@ class Worker:
         self._send_message(sent.encode() + b"\n" + _GO * SLOTS)
 
     def receive_part(self) -> Part:
-        """The next step's part, once it is there; InputError as the reader's, and WorkerFailed."""
+        """The next step's part, once it is there; raises InputError as the reader would, and
+        WorkerFailed."""
         if self._taken:
             self._send_message(_GO)  # the slot of the part before is free again
         assert self._process.stdout is not None

@@ -1,4 +1,5 @@
-"""The sample format: what a shard holds, and the manifest of whole shards. Imports no torch.
+"""The sample format: what a shard holds, and the manifest that says which shards are whole. Imports
+no torch.
 
 A shard is a webdataset tar. A sample is members that share a key: an image (`KEY.jpg` or another of
 `IMAGE_EXTENSIONS`), `KEY.txt` (the caption, UTF-8; or another of `CAPTION_EXTENSIONS`) and, where
@@ -112,7 +113,8 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Shard:
-    """One whole, verified webdataset tar; half a pydantic model's size: ranks hold 100,000s."""
+    """One whole, verified webdataset tar. A rank holds hundreds of thousands of them: half as large
+    as pydantic's models."""
 
     path: str
     """Relative to the manifest's folder, with forward slashes; or a URL of `SHARD_SCHEMES`."""
@@ -204,7 +206,8 @@ def read_tombstones(folder: str, shard: Shard) -> frozenset[int]:
 
 
 def read_samples(shard: Path) -> Iterator[Sample]:
-    """A shard's samples in stored order, flawed ones too, one in memory at a time; BrokenShard."""
+    """Yield all samples of a shard in stored order, flawed ones too, one image in memory at a time;
+    raises BrokenShard."""
     try:
         with shard.open("rb", buffering=0) as tar:
             for key, found in group_members(TarReader(tar.fileno())):
@@ -275,7 +278,8 @@ def open_webdataset(manifest: Path | str, *, resampled: bool = False) -> Any:
     """A dataset version as plain webdataset reads it, without what it leaves out: its pipeline,
     from which `.shuffle(1000).decode("pil").to_tuple("jpg;png;webp", "txt")` and the rest go on.
     Shards are shared among ranks and DataLoader workers by webdataset's rules. Where the version
-    has further captions, a sample's are its `captions.json`, name -> captions, maybe empty.
+    has further captions, every sample has them as `captions.json`, name -> captions, empty where it
+    has none.
 
     Args:
         manifest: `shards.json` of the dataset, a path or a URL that fsspec knows.

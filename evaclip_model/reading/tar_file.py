@@ -49,8 +49,9 @@ class Member(NamedTuple):
 
 
 class TarReader:
-    """A tar's regular files, in stored order, from its file descriptor. `stretch_bytes` of headers
-    and contents are read at once, 0 while only headers are wanted; it may change."""
+    """The regular files of a tar, in stored order, from its file descriptor. `stretch_bytes` of
+    headers and contents are read at once, 0 while only headers are wanted; it may be changed
+    between two members."""
 
     def __init__(self, tar: int) -> None:
         self._tar = tar

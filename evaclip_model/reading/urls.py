@@ -35,7 +35,8 @@ def open_filesystem(url: str) -> Any:
 
 
 def ask_store(location: str, question: str) -> Any:
-    """Ask a store's filesystem a `question`, one of its methods; its errors are one sentence."""
+    """Ask a store's filesystem a `question`, one of its methods; its own kinds of errors come back
+    as one sentence."""
     files = open_filesystem(location)
     try:
         return getattr(files, question)(location)

@@ -58,7 +58,8 @@ class LambConfig(Config):
     adapt_no_decay: bool = False
     """Whether LAMB adapts parameters without weight decay too (biases, norms, logit scale). The
     authors' run did, with one ratio for all of a group; with a ratio of its own a bias that starts
-    at zero stays there, hence false, as in apex and timm; for true, bound `trust_clip` below."""
+    at zero stays there, hence false, as in apex and timm; for true, give `trust_clip` a lower
+    bound."""
 
     @model_validator(mode="after")
     def _bounds_rise(self) -> Self:
@@ -145,7 +146,8 @@ def find_architecture(spec: str) -> ModelConfig | None:
 
 
 def feature_bytes(spec: str) -> int:
-    """Of a pair's two features by a teacher, half precision; unknown: the paper's largest."""
+    """Of a pair's two features by a teacher, half precision; of one that is not known, as many as
+    of the paper's largest."""
     architecture = find_architecture(spec)
     return 2 * 2 * (architecture.embed_dim if architecture else 1024)
 
@@ -238,7 +240,8 @@ class TrainConfig(SamplingConfig):
     lora: LoraConfig | None = None
     """Low-rank updates to train instead of the weights; what `freeze` names gets none."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a running mean of the weights, saved as `model-ema/`; none: no such mean."""
+    """Decay of a running mean of the weights, kept beside them and saved as `model-ema/`; none: no
+    such mean."""
     precision: Precision = "fp32"
     """Type of weights and activations; masters and optimizer states are fp32 always."""
     lamb: LambConfig = LambConfig()
@@ -255,7 +258,8 @@ class TrainConfig(SamplingConfig):
     """Where a caption may be cut: a random number of its parts, from the first on, is kept, so that
     a title is learnt with and without the tags behind it. None keeps captions whole."""
     text_tokens: int | None = Field(default=None, gt=2)
-    """Most tokens of a caption, with start and end (CLIPA); none: what the model has room for."""
+    """Tokens of a caption that are shown at most, start and end among them (CLIPA); none: what the
+    model has room for."""
     text_tokens_kept: Literal["first", "random"] = "first"
     """Those kept of a longer caption: its first ones, or random ones in their order."""
     checkpoint_every_steps: int = Field(default=500, gt=0)
@@ -274,8 +278,9 @@ class TrainConfig(SamplingConfig):
         return math.ceil(self.samples_seen / self.global_batch)
 
     def fit_to_data(self, samples: Mapping[str, int]) -> Self:
-        """The stage with a number of samples for its `epochs` of so many, by source. A warm-up over
-        a tenth of the steps is shortened to that, a checkpoint interval to all steps."""
+        """The stage with a number of samples for its `epochs` of so many, by source. A warm-up of
+        more than a tenth of the steps is shortened to that, and a checkpoint interval beyond the
+        last step to all steps."""
         if self.epochs is None:
             return self
         drawn = (n for name, n in samples.items() if name in (self.source_weights or samples))
@@ -385,7 +390,8 @@ class TrainJob(Config):
     """URL that fsspec knows (s3://bucket/run) where checkpoints go instead, this run's alone; none:
     `checkpoints/` of the run's folder, which all ranks have to share."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """What steps the optimizer; "torch", for one rank in fp32 or bf16, starts quickly."""
+    """What steps the optimizer; "torch" is for one rank in fp32 or bf16, needs no DeepSpeed, and
+    starts more quickly."""
     micro_batch: int | None = Field(default=None, gt=0)
     """Pairs of a rank that are in memory at once; none: its whole share of the global batch. The
     gradient is the same: features of all come first, then each part again with its gradient."""
@@ -397,7 +403,8 @@ class TrainJob(Config):
     probe: Path | None = None
     """A small evaluation set, in the published layout, classified every `probe_every_steps`."""
     watchdog_s: float = Field(default=1800, gt=0)
-    """Seconds without a step until every rank writes `stacks-RANK.txt` and the run ends."""
+    """Seconds without a step after which every rank writes its stacks to `stacks-RANK.txt` and the
+    run ends, to be resumed."""
     profile_steps: tuple[int, int] | None = None
     """First and last step that torch's profiler records on rank 0, into `profile/`."""
     tensorboard: bool = False

@@ -1,4 +1,5 @@
-"""Cost of a training before anything is built: FLOPs, parameters, GPU memory. Imports no torch.
+"""Cost of a training before anything is built: FLOPs, parameters, memory of a GPU. Does not import
+torch.
 
 A FLOP is half a multiply-add of a matrix product; norms, activations and the loss are not counted.
 """
@@ -95,7 +96,8 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 
 def count_parts(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part, a block or what is beside blocks, as `TrainConfig.freeze` calls it."""
+    """Parameters by part, a block or what stands beside the blocks, as `TrainConfig.freeze` calls
+    it."""
     text, width = config.text, config.text.width
     of_text = {
         "token_embedding": text.vocab_size * width,

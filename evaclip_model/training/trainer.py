@@ -1,7 +1,8 @@
 """The training loop of one rank, from a job to a trained model.
 
-Not here: starting ranks, exit codes (worker.py); a gradient in parts (training_step.py), optimizer
-and sharding (engine/), verdicts on steps (monitoring/guards.py), metrics (monitoring/metrics.py).
+Not here: starting ranks and exit codes (worker.py); a step's gradient in parts (training_step.py),
+optimizer and sharding (engine/), the verdict on a step (monitoring/guards.py), names of metrics
+(monitoring/metrics.py).
 
 All that is random about a sample (crop, mask, template) depends on the seed and its position alone,
 and the learning rate on the step alone; so a run that resumes goes on exactly as it would have.
@@ -89,7 +90,8 @@ class Rank:
     memory at once (none: its whole share), and `tested` is what the self-test found."""
 
     def __init__(self, job: jobs.TrainJob, should_stop: Callable[[], bool]) -> None:
-        """Make ready for the first step. InputError: model, shards or settings are of no use."""
+        """Make ready for the first step. Raises InputError when the model, the shards or the
+        settings cannot be used."""
         self._config = config = job.train
         self._teachers = job.teachers
         self._should_stop = should_stop
@@ -209,7 +211,8 @@ class TrainingRun:
         self._metrics.cut_back(self._state.step)
 
     def run_steps(self) -> None:
-        """Make steps, to the end or until training goes back; raises as `run_training`."""
+        """Make step after step, to the end or until training goes back; raises as
+        `run_training`."""
         config, watch, save_s = self._config, metrics.Stopwatch(), 0.0
         first = self._state.data_step
         batches = self._rank.reader.iterate_batches(first, first + config.steps - self._state.step)
@@ -304,7 +307,8 @@ class TrainingRun:
         return seen._replace(culprits=step_guards.name_culprits(suspects))
 
     def _roll_back(self, spiked: int, rollbacks: int) -> None:
-        """Take up the newest checkpoint, past the batch that spiked; `rollbacks` with this one."""
+        """Take up the newest checkpoint, past the data of the batch that spiked; `rollbacks` so
+        far, this one included."""
         self._writer.wait_for_save()
         found = self._load_newest()
         if found is None:

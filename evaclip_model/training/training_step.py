@@ -49,13 +49,15 @@ class ModelInputs:
     on the model's device already."""
 
     images: Tensor
-    """[b, 3, H, H] uint8 pixels, made floats part by part, never a large share at once."""
+    """[b, 3, H, H] uint8 pixels, made floats part by part, so that a large share never is at once.
+    """
     tokens: Tensor
     """[b, L] ids, on the CPU (the text tower plans there)."""
     kept: Tensor | None = None
     """[b, K] patches to look at; none for all."""
     branches: Tensor | None = None
-    """[b, blocks, 2] the image tower's branches each sample passes; none without drop path."""
+    """[b, blocks, 2] which branches of the image tower each sample passes; none without drop
+    path."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -131,7 +133,8 @@ def forward_backward(
     teachers: Sequence[Tensor] = (),
 ) -> StepTerms:
     """Compute the loss of the global batch, and leave its gradient with the engine. Every rank
-    calls it, with as many samples and parts; `captions` [b, 2] and `teachers` are an `Objective`'s.
+    calls it, with as many samples and parts as the others; `captions` [b, 2] and `teachers` as an
+    `Objective` takes them.
 
     One part is one forward and one backward pass. Of several all but the last pass forward twice;
     at any time the activations of one part are in memory, beside the features of all.
@@ -286,7 +289,8 @@ def kept_patches(seed: int, positions: Tensor, num_patches: int, keep_ratio: flo
 
 def kept_tokens(tokens: Tensor, seed: int, positions: Sequence[int], count: int) -> Tensor:
     """[B, `count`] ids of tokens [B, L]: of a longer caption start, end and random ones between
-    them, in their order, drawn from the arguments alone (`positions`: as in `kept_patches`)."""
+    them, in their order, drawn from nothing but the arguments (`positions` as in `kept_patches`).
+    """
     ids, places = tokens.numpy(), np.arange(tokens.shape[1])
     rank = _draw_bits(
         _mix_bits(_mix_positions(seed, torch.tensor(positions)) + _WORDS), len(places)

@@ -18,7 +18,8 @@ from evaclip_model.training.config import ERROR_FILE, MEMORY_FILE, RESUMABLE_FIL
 
 DONE, RESUMABLE, DATA_ERROR, DIVERGED, OUT_OF_MEMORY = 0, 75, 76, 77, 137
 """Exit codes: finished; stopped with a checkpoint; input its author must mend; loss not finite;
-memory ran out, as the kernel says it. Any other is a crash: the newest checkpoint holds."""
+memory ran out, as the kernel says it. Any other code is a crash, after which the newest checkpoint
+holds."""
 
 AFTER_WATCHDOG_S = 300.0
 """A collective gives up so much later than the watchdog, which names the rank that hangs."""

@@ -179,7 +179,8 @@ class Reference(Config):
         return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
     def obtain_weights(self, folder: Path, download: Download) -> Path:
-        """The weights: in their place if it can be reached, else in `folder`; InputError."""
+        """The weights: in their place if that can be reached, else put into `folder`; raises
+        InputError."""
         try:
             file = self.path or download(self.uri, folder)
             is_same_size = file.stat().st_size == self.size

@@ -41,7 +41,8 @@ def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path
             `local-dir:FOLDER`, transformers with `from_pretrained`, open_clip as `local-dir:FOLDER`
             where timm has the image tower by name; of other towers it has no config.
 
-    InputError: unknown `as_`, another suffix of `path`, no such architecture in the library.
+    Raises InputError: `as_` is unknown, `path` has another suffix of weights, or the library has no
+    such architecture.
     """
     path = Path(path)
     if as_ not in (known := get_args(Library)):

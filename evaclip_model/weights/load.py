@@ -1,7 +1,8 @@
 """Weights on disk: saving a model, and starting from anybody's checkpoint.
 
-Not here: a saved folder as a model (create.py); reading files (checkpoint_files.py); names
-(name_maps.py); other libraries' layouts (export.py); training state (training/checkpoint/).
+Not here: a saved folder as a model (create.py); reading files (checkpoint_files.py); whose names
+are whose (name_maps.py); writing other libraries' layouts (export.py); training state
+(training/checkpoint/).
 
 Loading is strict: whatever is in a file either belongs to the model, or is known to be of no use,
 or is an error. Image positions are resized bicubically without antialiasing, as the released
@@ -75,7 +76,8 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's weights as one safetensors file, never seen half-written, in their dtype and
     under the released checkpoints' names and shapes. The model may be inside torch.compile,
     DataParallel or DistributedDataParallel; or sharded by FSDP2, when every rank must call and rank
-    0 alone writes. InputError: another suffix, or as `unwrap_model`; OSError."""
+    0 alone writes. Raises InputError: another suffix, or as `unwrap_model`; OSError: a full disk.
+    """
     if tensors := released_tensors(model):
         write_weights(tensors, Path(path))
 

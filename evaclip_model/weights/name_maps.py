@@ -44,7 +44,8 @@ class Entry:
     join: Join = "same"
 
     def join_sources(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The native tensor: `tensors`' source as it is, transposed, or several [n, ...] joined."""
+        """The native tensor: the source in `tensors` as it is, transposed, or several [n, ...] as
+        [sum of n, ...]."""
         if self.join == "rows":
             return torch.cat([tensors[key] for key in self.sources])
         value = tensors[self.sources[0]]

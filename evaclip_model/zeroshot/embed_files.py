@@ -80,8 +80,8 @@ def embed_inputs(
     Of a `share` (k, n) every n-th part from the k-th on is encoded, so that processes can share a
     folder. `progress` gets the rows that this call has been through, and the fraction of all work
     that is done. InputError: an input cannot be read, two have one name, the folder holds other
-    features or cannot be written, features are not finite, no first row of a part can be
-    encoded."""
+    features or cannot be written, features are not finite, or none of the first rows of a part can
+    be encoded."""
     parts = [part for source in sources for part in _list_parts(source)]
     files = {part.name: out / f"{part.name}.parquet" for part in parts}
     if twice := Counter(part.name for part in parts) - Counter([*files]):
@@ -251,7 +251,8 @@ def _write_part(
 def _encode(
     subject: EvaSubject, pool: Executor, rows: Iterator[Row], flaws: Flaws
 ) -> tuple[list[Row], dict[str, Any]]:
-    """The rows that can be encoded, less images, and their columns; `flaws` gets (id, reason)."""
+    """The rows that can be encoded, without their images, and their columns; `flaws` gets (id,
+    reason) of the others."""
     good = list[Row]()
 
     def load(row: Row) -> Tensor | str | None:

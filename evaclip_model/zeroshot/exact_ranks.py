@@ -61,8 +61,9 @@ def encode_texts(
     """Normalised fp32 features of `texts` [N, D]; equal texts get bitwise equal features. Raises
     InputError: no texts, or features that are not finite.
 
-    Every text is encoded once, by length, cut after the longest end-of-text of its batch: attention
-    is causal, so tokens behind the end cannot reach the feature. `context_length` is the model's.
+    Every text is encoded once, in order of length, cut after the longest end-of-text of its batch:
+    attention is causal, so tokens behind the end cannot reach the feature. `context_length` is the
+    model's, in tokens.
     """
     if not texts:
         raise InputError("no text to encode: give at least one class name or caption")
@@ -113,7 +114,8 @@ def normalise_features(features: Tensor, what: str) -> Tensor:
 @dataclass(frozen=True)
 class Gallery:
     """Answers to choose from, each distinct one multiplied once, so that equal ones get bitwise
-    equal logits: kernels sum columns at the edge of a block in another order."""
+    equal logits: kernels of a matrix product treat columns at the edge of a block in another order
+    of summation."""
 
     distinct: Tensor
     """Fp32 unit vectors [U, D]."""

@@ -108,8 +108,9 @@ def find_tars(folder: Path, split: str = SPLIT) -> list[Path]:
 
 
 def read_members(tar: Path, digest_images: bool = False) -> dict[str, dict[str, TarMember]]:
-    """Key -> extension -> member, in tar order; what macOS and pax add is passed over. InputError:
-    the file is cut short or no tar, a member occurs twice, an answer is over 16 MiB."""
+    """Key -> extension -> member, in tar order; what macOS and pax add is passed over. Raises
+    InputError: the file is cut short or not a tar, a member occurs twice, an answer is larger than
+    16 MiB."""
     found: dict[str, dict[str, TarMember]] = {}
     total = tar.stat().st_size
     try:

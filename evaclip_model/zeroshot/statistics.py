@@ -250,8 +250,9 @@ def test_mcnemar(only_a: int, only_b: int) -> McNemar:
 
 
 def matched_interval(only_a: float, only_b: float, n: float) -> tuple[float, float]:
-    """Interval of the difference of two proportions on the same n samples, 95 %: Wald's, each of
-    four cells half a sample larger (Agresti and Min 2005): right where few differ."""
+    """Interval of the difference of two proportions on the same n samples, 95 %: Wald's with half a
+    sample added to each of the four cells (Agresti and Min 2005), which keeps its level where few
+    samples differ."""
     if n <= 0:
         return -1.0, 1.0
     more, less = only_a + 0.5, only_b + 0.5

@@ -1,6 +1,7 @@
 """One sample's way: its source row, its shard, the dataset versions and models that hold it; and
-samples that may be used no longer: new dataset versions, and the models that saw those. Not here:
-the index searched (tasks/index/sample_index.py), what a takedown leaves out (tasks/dataset)."""
+samples that may be used no longer: new dataset versions, and the models that saw those samples. Not
+here: the index that is searched (tasks/index/sample_index.py), what a takedown leaves out
+(tasks/dataset)."""
 
 import json
 from collections import defaultdict

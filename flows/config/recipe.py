@@ -51,7 +51,8 @@ class Published(Config):
     metadata_rows: dict[str, int] = Field(default_factory=dict)
     """Source -> rows of its published metadata."""
     others: dict[str, str] = Field(default_factory=dict)
-    """A model that others trained alike, and where they wrote of it -> what it took and reached."""
+    """A model that others trained alike, and where they wrote of it -> what they say that it took
+    and reached."""
 
     @field_validator("gpus")
     @classmethod

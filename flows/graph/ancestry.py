@@ -2,7 +2,8 @@
 trees for a person. Not here: single samples (flows/audit/sample_trace.py), the registry
 (tasks/register/model_versions.py), the picture (tasks/lineage/lineage_svg.py).
 
-A parent that is not an artifact under the root is outside data, unless its role is a step's.
+A parent that is not an artifact under the root is data from outside, unless its role says that a
+step made it.
 """
 
 from collections.abc import Callable, Iterator, Sequence

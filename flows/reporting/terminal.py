@@ -21,7 +21,8 @@ LOG_WIDTH = 120
 
 
 class PlainConsole(Console):
-    """Prints text of others as it is, less control characters: it may look like rich's markup."""
+    """Prints text of others as it is, without its control characters: a path or a caption may look
+    like rich's markup."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)

@@ -1,5 +1,6 @@
 """Images with captions from folders, tables and parquet files, one at a time, and their number;
-what is none, and why. Not here: finding files (find_source.py), packing, decoding.
+what is none, and why. Not here: which files there are (find_source.py); packing; decoding, which
+verification does.
 
 Images keep their bytes. A pair's `uid` is a hash of its source, its image (the path as written, or
 the bytes where there is none) and its caption: it stays the same wherever the source lies.
@@ -223,20 +224,23 @@ def _local_path(written: str) -> str:
 
 
 def _is_below(folder: str, place: str) -> bool:
-    """Tell whether a path or URL lies in a folder by its name; Hugging Face's cache is of links."""
+    """Tell whether a path or URL lies in a folder by its name. Links are followed: Hugging Face's
+    cache consists of them."""
     folder = folder if is_url(folder) else posixpath.abspath(folder)
     return place.startswith(f"{folder.rstrip('/')}/") and ".." not in place.split("/")
 
 
 def _strip_captions(texts: Sequence[Any]) -> list[str]:
-    """Values of a row that can be a caption: texts and numbers, nothing built of them."""
+    """Return what of a row's values can be a caption: texts and numbers, not what is built of
+    them."""
     plain = [text.decode() if isinstance(text, bytes) else text for text in texts]
     said = [str(text).strip() for text in plain if isinstance(text, str | int | float)]
     return [text for text in said if text]
 
 
 def _find_columns(source: AdoptedSource, file: str) -> tuple[str, str, str | None]:
-    """Columns of image, caption and, if there is one, address; refuse a table without."""
+    """Names of the columns of image, caption and, if there is one, address; refuse a table that
+    lacks one."""
     names, typed = column_types(source, file)
     where = f"{file}: adopt.sources '{source.name}'"
     known = f"its columns are {', '.join(names) or 'none'}"

@@ -116,7 +116,8 @@ def _embed_shard(
     pool: Executor | None,
     count: Callable[[int], None],
 ) -> pa.Table:
-    """Features of a shard's usable samples, in stored order; `count` is told of each batch's."""
+    """The features of a shard's usable samples, in stored order; `count` is told of each batch of
+    stored ones."""
 
     def load(image: bytes | memoryview) -> Tensor:
         return subject.transform(decode_image(image))

@@ -80,7 +80,8 @@ def open_clip_identity(named: str) -> Identity:
 
 
 def _list_assumptions(named: str, preprocessing: Mapping[str, Any]) -> tuple[str, ...]:
-    """Sentences on settings that no file of weights records: the architecture's are taken."""
+    """Sentences on settings that a file of weights does not record, so that the architecture's
+    were assumed."""
     open_clip = _import_library()
     name, _, weights = named.partition("/")
     if named.startswith(LOCAL_DIR) or _config_beside(Path(weights)) is not None:

@@ -54,7 +54,8 @@ class Identity(Config):
     digest: str
     """Of architecture and weights."""
     text_digest: str
-    """Of the text tower with its tokenizer: models that share it share text features."""
+    """Of the text tower's architecture, weights and tokenizer: models that share it share text
+    features."""
     transform_digest: str
     """Of `describe_preprocessing`."""
     architecture: str

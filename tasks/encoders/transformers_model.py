@@ -1,7 +1,9 @@
-"""CLIP and SigLIP of transformers behind open_models.py's interface; only this imports it.
+"""CLIP and SigLIP of transformers behind the interface of open_models.py; the only importer of
+that library.
 
-Architecture, preprocessing and tokenizer come from the model's folder. None of its code runs;
-weights are safetensors alone. SigLIP's scale and bias are left out: they change no order.
+Architecture, preprocessing and tokenizer come from the model's own folder. No code of it runs, and
+weights are read from safetensors alone. SigLIP's scale and bias are left out, because they change
+no order of answers.
 """
 
 import hashlib

@@ -43,7 +43,8 @@ class EvalSetConfig(Config):
     classnames: set_registry.NameSource | tuple[str, ...] = "dataset"
     """Names of its classes in the order of labels: its own file, a named source, or these."""
     crop_px: int = Field(default=0, ge=0, le=64)
-    """Pixels cut off every side first; 2 for ObjectNet's red border, which the paper leaves."""
+    """Pixels cut off every side of every image first; 2 takes off ObjectNet's red border, which
+    the paper does not."""
     split: str = ""
     """The images of the set, in words: where the paper does not name its own, figures are compared
     with the paper's only if this is given."""
@@ -144,7 +145,8 @@ class EvaluateConfig(Config):
     precision: Precision = "fp32"
     """Of the model that makes features; they are compared in fp32 whatever it is."""
     max_distance: int = Field(4, ge=0, le=8)
-    """Bits of the 64 of a perceptual hash in which test and training images alike may differ."""
+    """Bits of the 64 of a perceptual hash in which a test image and a training image that look
+    alike may differ."""
     title: str = "Zero-shot evaluation"
     """Heading of the report."""
     released: Mapping[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], str] = {}

@@ -41,7 +41,8 @@ from tasks.evaluate.sets.set_registry import find_set
 from tasks.progress import Report
 
 WriteAnswers = Callable[[str, Scored, Tensor, Tensor], None]
-"""Called with the model's name, its answers, its features of images [N, D] and answers [A, D]."""
+"""Called with the model's name, its answers, its features of images [N, D], and of what can be
+answered [A, D]."""
 SCHEMA = pyarrow.schema(
     {
         **{name: pyarrow.string() for name in ("set", "model", "direction", "key", "query")},

@@ -1,10 +1,12 @@
-"""Hashes of images: of their bytes, and of how they look (64 bits each); and which look alike.
+"""Hashes of images: of their bytes, and of how they look (64 bits each); and which of many look
+nearly the same.
 
 The perceptual hash is the usual pHash: of the 32 x 32 grey image, is each of the 64 lowest
 frequencies of its cosine transform above their median? Row by row, the first is the highest bit, as
-imagehash writes it. Two hashes that differ in at most d of 64 bits are equal in at least e of any d
-+ e bands, so images that look alike are found by sorting, once for every choice of e bands, not by
-comparing all with all (Manku, Jain, Das Sarma: Detecting near-duplicates for web crawling, 2007).
+imagehash writes it. Two hashes that differ in at most d of 64 bits are equal in at least e of any
+d + e bands, so images that look alike are found by sorting, once for every choice of e bands, and
+never by comparing all with all (Manku, Jain, Das Sarma: Detecting near-duplicates for web crawling,
+2007).
 """
 
 import hashlib
@@ -118,7 +120,8 @@ def _pairs_with_equal_bands(hashes: Hashes, mask: np.uint64, most: int) -> npt.N
 def _band_masks(most: int, hashes: int) -> Iterator[np.uint64]:
     """Bits that are compared together, for every choice of the bands that may have to be equal.
 
-    More bands in each choice mean smaller buckets and more sorting; taken are the fewest for that.
+    More bands in each choice mean smaller buckets and more sorting; taken are the fewest with which
+    buckets stay small.
     """
     equal = 1
     while equal < _MOST_EQUAL_BANDS and (

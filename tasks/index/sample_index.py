@@ -263,7 +263,8 @@ def _renumber_table(source: Path, first_row: int, first_shard: int, target: Path
 
 
 def _write_lookups(files: Sequence[Path], folder: Path, memory_limit: str) -> None:
-    """The look-up tables not there yet; sorted on disk when memory does not hold them."""
+    """The look-up tables that are not there yet; sorted on disk when they do not fit into
+    memory."""
     for kind in Kind:
         target = folder / f"by_{kind}.parquet"
         if target.exists():

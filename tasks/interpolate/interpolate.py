@@ -36,7 +36,8 @@ def interpolate_models(
 ) -> Made:
     """Write `model/`, the best of the config's weights between two saved models (the start is
     resized to the end's architecture), and `choice.json` into `out`. The figure is the mean of the
-    metrics that are `judged` over `choose_on`. InputError: models do not fit; all lose too much."""
+    metrics that are `judged` over `choose_on`. InputError: the models do not fit each other; every
+    weight loses too much."""
     folders: dict[str, Path] = {}
     for weight in sorted({0.0, *config.weights}):
         report(len(folders), len(config.weights) + 1, f"weight {weight:g}")

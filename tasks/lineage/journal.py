@@ -1,7 +1,8 @@
 """The events of one pipeline run, on disk before anywhere else, and how far they were shipped.
 
 One folder a pipeline run: `run.json` (what it is), `events.jsonl` (append only), `cursor.json`.
-Every event can be applied twice with the same result: a cursor may lag, or be lost.
+Every event can be applied twice with the same result, so a cursor that lags, or is lost, does no
+harm.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Cursor:
             return cls()
 
     def forget_run(self, key: str) -> None:
-        """Ship all of `key`'s run once more, to another, and the others', which changes nothing."""
+        """Ship all of a run of `key` once more, to another run, and all others, where that changes
+        nothing."""
         self.runs.pop(key, None)
         self.steps.pop(key, None)
         self.offset = 0
@@ -86,7 +88,8 @@ class Journal:
         self._lock.close()
 
     def append_event(self, event: Event) -> None:
-        """Add an event with its time, in ms since 1970; no kill loses it, a power cut may."""
+        """Add one event with its time, in milliseconds since 1970; a killed process does not lose
+        it, a power cut may."""
         with self._events.open("a") as file:
             stamped = {"time": int(time.time() * 1000), **event}
             file.write(json.dumps(stamped, default=str) + "\n")

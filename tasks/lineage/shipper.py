@@ -105,7 +105,8 @@ class Shipper(threading.Thread):
 
     def _ship_leftovers(self, closing: bool) -> bool:
         """Ship what earlier runs could not, and close in the store what was killed; returns whether
-        something is left. This run's own events wait: there is a time limit until it closes."""
+        something is left. This run's own events wait, so that there is a limit of time until it
+        closes."""
         until = time.monotonic() + (float("inf") if closing else LEFTOVERS_S)
 
         def give_up() -> bool:

@@ -133,7 +133,8 @@ def log_points(client: MlflowClient, run: str, points: Sequence[Metric]) -> None
 
 
 def apply_event(client: MlflowClient, experiment: str, run: str, event: Mapping[str, Any]) -> None:
-    """Do in the store what a `model_event` says of a run, once or again, both by MLflow's ids."""
+    """Do in the store what a `model_event` says of one run, once or again; `experiment` and `run`
+    are MLflow's ids."""
     from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
 
     logged = client.get_run(run)

@@ -112,7 +112,8 @@ class SourceConfig(Config):
     target_count: int | None = Field(default=None, gt=0)
     """At most so many samples are wanted; none = all rows that pass are selected."""
     expected_success: float = Field(default=1.0, gt=0, le=1)
-    """Share of selected rows that the download should get; target_count / this are selected."""
+    """Share of selected rows that the download is expected to get; target_count divided by it is
+    selected."""
     skip_count: int = Field(default=0, ge=0)
     """Back-fill: so many rows at the beginning of the selection order are left out, because an
     earlier merge with the same seed has given them."""
@@ -134,7 +135,8 @@ class BlocklistConfig(Config):
     domains: tuple[str, ...] = ()
     """Host names; a name blocks the hosts below it too. Hosts files and ad blockers' rules, too."""
     hashes: tuple[str, ...] = ()
-    """Hashes in hex: md5 or sha256 of a URL (as published or fetched), or those in image_hash."""
+    """Hashes in hex: md5 or sha256 of a URL (as published, or as fetched), or whatever the source's
+    image_hash column holds."""
 
 
 class FilterConfig(Config):
@@ -200,7 +202,8 @@ class MergeConfig(Config):
     """Where the units run: in DuckDBs here, or in those of the workers of the environment's Spark
     cluster (extra `spark`, Java 17). The rows are the same."""
     partitions: int | None = Field(default=None, ge=1, le=4096)
-    """Parts of the keys, one in memory at a time; none = one for 250,000 rows, at most 2,048."""
+    """Parts the keys are split into, one in memory at a time; none = one for 250,000 rows,
+    at most 2,048."""
     memory_limit: str = Field(default="2GB", pattern=r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$")
     """Memory of the database; what does not fit goes to disk."""
 

@@ -41,7 +41,8 @@ class Rule(NamedTuple):
 
     reason: str
     fails: str
-    """SQL over `normalised`, true when a row fails; `$name` is a field of `FilterConfig`."""
+    """SQL over the columns of `normalised`, true when the row fails; `$name` is a field of
+    `FilterConfig`."""
     needs: tuple[str, ...] = ()
     """Fields of `FilterConfig` without which the rule is off: unset, empty, or "keep"."""
 

@@ -1,6 +1,7 @@
 """Merge metadata collections: filter, normalise, deduplicate, select, write; and count.
 
-Not here: looking at files first (merge_plan.py), a phase's units (units.py), rules (filters.py).
+Not here: looking at the files first (merge_plan.py), one phase's units (units.py), the rules
+(filters.py, sql/).
 
 Memory depends on the size of a partition, never on the number of rows:
 

@@ -1,6 +1,7 @@
 """The work of a merge in units that are done once each, in any order inside a phase, anywhere.
 
-Not here: what they share (merge_plan.py), selection and totals (merge.py), rules (filters.py).
+Not here: what they share (merge_plan.py); the selection and the totals (merge.py); the rules
+(filters.py, sql/).
 
 A unit makes a folder or file beside its place and renames it; a unit whose result is there is not
 done again. So a chunk may be tried again after any failure, and chunks of one phase may run at the
@@ -139,7 +140,8 @@ def _note_findings(
 
 
 def list_splits(plan: MergePlan) -> Iterator[tuple[str, str, str, dict[str, str]]]:
-    """Keys of a file to split over the partitions: (folder they go to, file, statement, SQL).
+    """Keys of a file to be split over the partitions: (the folder that they go to, file, statement,
+    SQL that it names).
 
     Sidecar keys of the rows of metadata, the sidecars under theirs, and the addresses that cleaned
     editions still have (numbered by edition) or earlier merges have given (numbered last).

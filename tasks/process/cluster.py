@@ -103,7 +103,8 @@ class Program(NamedTuple):
 
 def job_script(template: Path, program: Program, *, ranks: int, nodes: int) -> str:
     """The job's script from its template; `ranks` are the processes of each machine. InputError:
-    the template cannot be read, names what is not there, or starts another program."""
+    the template cannot be read, names something that is not there to fill in, or starts another
+    program."""
     job = program.job
     places: dict[str, str | int] = {
         "name": job_name(job.parent),
@@ -164,7 +165,8 @@ class _Job:
 
     def follow_job(self, stop: threading.Event, every_s: float) -> bool:
         """Wait until the job is over (True) or `stop` is set (False); print why it waits, each time
-        that the reason changes. InputError: it waited too long, and is cancelled."""
+        that the reason changes. InputError: it waited too long for what does not go away by itself
+        and is cancelled."""
         answered = hoped = time.monotonic()
         waits = ""
         while not stop.is_set():

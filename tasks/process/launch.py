@@ -3,7 +3,8 @@ those that share files alone: every rank does its share of a list, by its place 
 none waits for another. Such a rank says how far it is in a file beside the job, and leaves a
 sentence for the user if it gives up: whoever started the ranks reads those.
 
-Not here: ranks that train (tasks/train/train.py), jobs of Slurm and Kubernetes (cluster.py).
+Not here: running ranks that train (tasks/train/train.py); jobs of Slurm and Kubernetes
+(cluster.py).
 
 Every rank gets the path of the job file and no other argument: launchers mix their options with
 those of what they launch.
@@ -196,7 +197,8 @@ def deepspeed_command(
 
 def read_hostfile(path: Path) -> dict[str, int]:
     """Machines of a deepspeed hostfile and the processes of each, in their order. InputError: it
-    cannot be read (the launcher would take this machine alone), or a line is not `name slots=N`."""
+    cannot be read (the launcher itself would go on with this machine alone), or a line is not
+    `name slots=N`."""
     try:
         lines = path.read_text().splitlines()
     except OSError as error:

@@ -1,4 +1,5 @@
-"""Run a command so that nothing of it survives: `python -m tasks.process.supervise GRACE -- CMD…`
+"""Run one command so that nothing of it survives: `python -m tasks.process.supervise GRACE --
+CMD...`
 
 Stops on end of file at stdin (the starter died, even by kill -9), SIGTERM, SIGINT or SIGHUP:
 SIGTERM to CMD's group, GRACE seconds for it to end, then SIGKILL to every process that CMD left

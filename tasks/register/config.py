@@ -19,7 +19,8 @@ DECISION_PAGE = "decision.md"
 
 class GatePolicy(Config):
     """The `[register.gate]` table: when a new version replaces the champion. A gain is the
-    candidate's figure less the champion's on the same samples, in points, with its interval."""
+    candidate's figure less the champion's on the same samples, in points (hundredths), with its
+    paired 95 % interval."""
 
     ADDED: ClassVar[tuple[str, ...]] = ("refuse_certain_loss",)
 
@@ -39,11 +40,13 @@ class GatePolicy(Config):
     p-value is multiplied by the number of metrics that are guarded (Bonferroni)."""
     max_contaminated: float | None = Field(default=None, ge=0, le=1)
     """Largest share of a set's images that may be among the candidate's training data; none: it is
-    reported, not judged: drawings look alike, and published models have several percent of some."""
+    reported, not judged: drawings look like each other, and published models have several percent
+    of some sets."""
     max_size_ratio: float | None = Field(default=1.5, gt=0)
     """Largest size of the weights, as a multiple of the champion's."""
     max_latency_ratio: float | None = Field(default=None, gt=0)
-    """Longest time of an image, in champion's on the same machine; none: it is not measured."""
+    """Longest time of an image, as a multiple of the champion's on the same machine; none: it is
+    not measured."""
     approval: bool = False
     """Whether a person is asked before a better model becomes champion."""
 

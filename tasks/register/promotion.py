@@ -1,5 +1,6 @@
 """The version of a registered model that is in use: promoting, rolling back, and who did it when,
-as tags of the versions. Not here: deciding (gate.py), registering (model_registry.py).
+as tags of the versions. Not here: deciding (gate.py), registering (model_registry.py), asking a
+person.
 
 All that asks the registry raises InputError where it does not answer, or has no such version. The
 alias moves first and is recorded then; the next process that finds it moved but not recorded
@@ -169,7 +170,8 @@ def roll_back(
 def carry_out(
     store: TrackingStore, config: RegisterConfig, version: int, decision: Decision
 ) -> bool:
-    """Make the version champion if the gate's decision to is due; True when it became so now."""
+    """Make the version champion if the gate's decision to do so is due; True when it became
+    champion now."""
     return waits_for(store, config, version, decision) is Waiting.DUE and promote_version(
         *(store, config.model_name, config.alias, version, "gate", "gate", decision.summary)
     )

@@ -193,7 +193,8 @@ def _download_weights(uri: str, folder: Path) -> Path:
 
 
 def _require_own_code() -> None:
-    """Refuse, by an ImportError, another version's code: a process has one package of a name."""
+    """Refuse, by an ImportError, to run on another version's code: Python keeps one package of a
+    name a process."""
     own, imported = Path(__file__).parent / "code" / "evaclip_model", Path(evaclip_model.__file__)
     if own.is_dir() and _read_sources(own) != _read_sources(imported.parent):
         raise ImportError(

@@ -1,6 +1,7 @@
 """The training stage's name and version, and how and where its ranks are started.
 
-Not here: what decides a result (evaclip_model/training/config.py), starting (tasks/process).
+Not here: what decides a result (evaclip_model/training/config.py); what starts ranks
+(tasks/process).
 """
 
 import re

@@ -1,6 +1,7 @@
 """Training one stage in processes of its own, followed through its folder; trying a stage out.
 
-Not here: training itself (evaclip_model/training/worker.py), what starts it (tasks/process).
+Not here: the training itself (evaclip_model/training/worker.py); what starts ranks
+(tasks/process).
 """
 
 import json
@@ -214,7 +215,8 @@ def _run_training(follower: Follower, inputs: Inputs, launch: Launch) -> None:
 def _with_smaller_parts(
     config: training.TrainConfig, launch: Launch, tried: Launch | None
 ) -> Launch:
-    """`launch` with half as many pairs of a rank at once; InputError: `tried`, or an odd number."""
+    """`launch` with half as many pairs of a rank in memory at once; InputError: that was `tried`,
+    or the number is odd."""
     share = config.global_batch // _this_machine(config, launch).all_ranks
     pairs = min((tried or launch).micro_batch or share, share)
     if tried is not None or pairs % 2:

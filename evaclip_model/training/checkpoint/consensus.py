@@ -1,4 +1,5 @@
-"""Decisions that all ranks make alike, or one alone: results and failures exchanged."""
+"""Decisions that all ranks make alike, or one alone: results exchanged, one rank's failure made
+everybody's."""
 
 import errno
 from collections.abc import Callable

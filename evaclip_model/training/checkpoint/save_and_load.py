@@ -60,7 +60,8 @@ class CheckpointPlace:
 
     @contextmanager
     def create_file(self, step: int, name: str) -> Iterator[BinaryIO]:
-        """A new file of a checkpoint in the making; it outlasts a crash of the machine."""
+        """Yield a new file of a checkpoint in the making; it will outlast a crash of the
+        machine."""
         where = self.full_name(step, name)
         self._files.makedirs(where.rpartition("/")[0], exist_ok=True)
         if not self._is_here:
@@ -128,8 +129,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self, location: Path | str, keep: int, keep_every_steps: int | None = None
     ) -> None:
         """Clear away what killed runs left unfinished at `location`, a folder that all ranks share
-        or a URL that fsspec knows; only one run may use it. The newest `keep` stay, and multiples
-        of `keep_every_steps` for good. InputError or OSError: it cannot be used."""
+        or a URL that fsspec knows; only one run may use it. The newest `keep` checkpoints stay, and
+        multiples of `keep_every_steps` for good. Raises InputError or OSError: it cannot be used.
+        """
         self._place, self._peers = CheckpointPlace(location), Peers.own_group()
         self._kept = keep, keep_every_steps
         self._peers.run_on_first(self._place.remove_leftovers)

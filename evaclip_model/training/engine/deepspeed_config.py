@@ -1,4 +1,5 @@
-"""DeepSpeed's configuration: a pure function of a stage's settings. Imports neither it nor torch.
+"""DeepSpeed's configuration, as a pure function of a training stage's settings. Imports neither
+torch nor DeepSpeed.
 
 Source: the authors' published commands (ZeRO stage 1, fp16 with a dynamic loss scale, norm 5).
 """

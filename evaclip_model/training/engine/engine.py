@@ -1,4 +1,5 @@
-"""From a loss to an optimizer step: DeepSpeed, which only this imports, or torch in one rank.
+"""From a loss to an optimizer step: DeepSpeed ZeRO over ranks, or plain torch in one. The only
+importer of deepspeed.
 
 Not here: the model, the loss, the schedule's shape, files; masters and gradients (fp32_state.py).
 """
@@ -147,7 +148,8 @@ class Engine:
         self._state.forget_gradients()
 
     def state_fragments(self) -> list[StateFragment]:
-        """This rank's state; over all ranks, every element of what is trained once."""
+        """The state this rank holds; over all ranks, every element of every trainable parameter
+        once."""
         return self._fragments
 
     def step_counters(self) -> dict[str, Any]:
@@ -231,7 +233,8 @@ class TorchEngine(Engine):
     """Plain torch: one rank, fp32 or bf16 with fp32 masters. Needs no DeepSpeed."""
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        """Take up a model, which gets the type of `config.precision`. InputError for fp16."""
+        """Take up a model, which gets the type that `config.precision` says. Raises InputError for
+        fp16."""
         if config.precision == "fp16":
             raise InputError("engine 'torch' has no loss scale: take precision bf16 or fp32 there")
         self.module = model
@@ -375,7 +378,8 @@ def _prepare_model(
     model: nn.Module, config: TrainConfig
 ) -> tuple[list[optim.Group], dict[str, nn.Parameter], dict[str, Tensor]]:
     """Freeze what is not trained, and give the model the stage's type; returns the groups, what is
-    trained by name, and of it in fp32 what loses by the type: DeepSpeed's masters would lack it."""
+    trained by name, and of that what loses by the type, in fp32: DeepSpeed would make masters of
+    what is left of it."""
     groups = optim.parameter_groups(((n, p.shape) for n, p in model.named_parameters()), config)
     if not groups:
         raise InputError(f"freeze = {list(config.freeze)} leaves nothing to train: take one out")
@@ -394,7 +398,8 @@ def _prepare_model(
 
 
 def _compute_norms(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-    """Norms of all ranks' gradients together, "total" and by tower, from this rank's pieces."""
+    """Norms of all ranks' gradients together, "total" and by tower, from the pieces that only this
+    rank holds."""
     held = list(gradients)
     squares = torch.zeros(len(optim.TOWERS), dtype=torch.float64)
     if held:

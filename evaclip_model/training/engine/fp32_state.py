@@ -60,7 +60,8 @@ class Fp32State:
         """Make the model's weights those of the masters; every rank calls it."""
 
     def before_step(self, norm: float) -> None:
-        """Hand DeepSpeed's step the whole gradient's norm, times loss scale, unless it finds it."""
+        """Hand DeepSpeed's step the norm of the whole gradient, times the loss scale, unless it
+        finds that itself."""
 
     def before_backward(self, loss: Tensor, *, last: bool) -> Tensor:
         """Make ready for adding a micro-batch's gradient; returns the loss [] for DeepSpeed."""
@@ -148,7 +149,8 @@ class Copied(Fp32State):
     """Stage 0: every rank holds all masters; in fp32 these are the parameters themselves."""
 
     def __init__(self, optimizer: Any, named: Mapping[str, Tensor]) -> None:
-        """Masters are DeepSpeed's, around our optimizer in low precision, else ours."""
+        """Take up masters from DeepSpeed's optimizer around ours in low precision, else from
+        ours."""
         low = chain.from_iterable(getattr(optimizer, "fp16_groups", ()))
         high = chain.from_iterable(getattr(optimizer, "fp32_groups", ()))
         of_low = {id(parameter): master for parameter, master in zip(low, high, strict=True)}

@@ -162,7 +162,8 @@ class _Blockwise(torch.autograd.Function):
 
 _TargetsOf = Callable[[slice, slice], "_Targets"]
 _Targets = tuple[Tensor, Tensor | None]
-"""[h, w] of softmax's targets, whose rows sum to 1 over all columns; [h, w] bool: left out."""
+"""[h, w] of a block of softmax's targets, whose rows sum to 1 over all columns; [h, w] bool: left
+out (none: nothing is)."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ class _Matches:
     ignores: bool
 
     def cut_block(self, high: slice, wide: slice) -> tuple[Tensor, Tensor | None]:
-        """[h, w] bool of rows and columns: they belong together; they do not count (or none)."""
+        """[h, w] bool of rows and columns: they belong together; they count neither way (none: all
+        count)."""
         rows, columns = self.captions[self.rows][high], self.captions[wide]
         pairs = zip(rows.unbind(1), columns.unbind(1), strict=True)
         same = reduce(torch.logical_or, (one[:, None] == other for one, other in pairs))

@@ -1,4 +1,5 @@
-"""Objectives of training: CLIP's softmax and SigLIP's sigmoid (Zhai et al. 2023, algorithm 1).
+"""Objectives of training: CLIP's softmax and SigLIP's sigmoid (Zhai et al. 2023, algorithm 1), as
+the loop asks for them.
 
 Another one has the same attributes and methods, is a file beside this one, and is named in
 `training.config.OBJECTIVES`. Neither may import torch before its tensors are there: plans ask for
@@ -44,7 +45,8 @@ class Objective:
     parameters: Mapping[str, float] = {LOGIT_SCALE: INITIAL_LOGIT_SCALE}
     """Name of a parameter [1] of the model -> its value where the model has none of that name."""
     bounds: Mapping[str, tuple[float, float]] = {LOGIT_SCALE: (0.0, math.log(100))}
-    """Parameter -> its smallest and largest value after each step (CLIP, section 2.5)."""
+    """Parameter -> its smallest and largest value (CLIP, section 2.5); the engine keeps it there
+    after each step."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config

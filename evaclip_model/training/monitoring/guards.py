@@ -164,7 +164,8 @@ NAMED = 3
 
 
 def describe_samples(rank: int, batch: Batch, finite_rows: Tensor) -> dict[str, Any]:
-    """A rank's samples of a step, in JSON's types; `finite_rows` [b]: features are numbers."""
+    """A rank's samples of a step, in JSON's types; `finite_rows` [b]: the features of each are
+    numbers."""
     rows = zip(
         batch.positions.tolist(), batch.origins, batch.captions, finite_rows.tolist(), strict=True
     )
@@ -202,13 +203,15 @@ class Watchdog:
 
     A heartbeat file tells the rank's step; stacks of all threads are written on SIGUSR1, or when
     steps stop. Ranks that wait for a stuck one make no step either: each writes its own stacks, and
-    none ends before the others had time to: the end of one breaks the connections of all.
+    none ends before the others had time to write theirs, because the end of one breaks the
+    connections of all.
     """
 
     def __init__(
         self, run_dir: Path, rank: int, limit_s: float, *, grace_s: float = GRACE_S
     ) -> None:
-        """Write stacks after `limit_s` without a step; end the process `grace_s` later."""
+        """Write the stacks after `limit_s` seconds without a step; end the process `grace_s`
+        later."""
         self._grace_s = grace_s
         self._stacks_path = run_dir / f"stacks-{rank}.txt"
         self._heartbeat = run_dir / f"heartbeat-{rank}.json"

@@ -1,11 +1,13 @@
 """The figures of a training step: exchanged by all ranks, and written to `metrics.jsonl` by rank 0.
 
 Every name in a line of `metrics.jsonl` is written here once, with its meaning and unit
-(`RankMetrics`, `StepSeconds`, `step_metrics`; the objective names its own).
+(`RankMetrics`, `StepSeconds`, `step_metrics`; the objective names its own). MLflow and the terminal
+read the lines.
 
 One sum over a table in which every rank fills its own row costs as much as one over a single
 number, and also says which rank was slow. The whole step takes every rank equally long, because
-ranks wait for each other; the forward pass waits for nobody: the rank slow here is slow.
+ranks wait for each other; the forward pass waits for nobody: a rank that is slow here is the slow
+one.
 """
 
 import json
@@ -126,7 +128,8 @@ class StepSeconds:
     prepare_s: float
     """Captions to ids, and masks."""
     gradient_s: float
-    """Forward and backward, loss and gradient norms, with waiting for other ranks."""
+    """Forward and backward passes, the loss and the gradient norms, with waiting for other
+    ranks."""
     update_s: float = 0.0
     """Verdict, clipping, optimizer."""
     save_s: float = 0.0

@@ -1,6 +1,7 @@
 """Evaluation while training goes on: loss and retrieval on the pairs that the dataset holds out
 (`dataset.validation_share`), which no step is shown; and a probe, zero-shot classification of a
-small set (zeroshot/set_layout.py: an image and `KEY.cls` a sample).
+small set (zeroshot/set_layout.py: an image and `KEY.cls` a sample). Evaluation proper is
+tasks/evaluate.
 
 What is encoded comes in blocks of a fixed size, whole blocks by one rank, and every rank computes
 the figures from all features: they do not depend on the number of ranks, and no rank ends or goes
@@ -116,7 +117,8 @@ def validate_model(
 def encode_in_blocks(
     model: EvaClip, count: int, encode: Callable[[slice], Tensor], block: int = BLOCK
 ) -> Tensor:
-    """Features [count, E] in fp32, the same on every rank: each block is encoded by one."""
+    """Features [count, E] in fp32, the same on every rank: each block of inputs is encoded by one
+    rank, and told to all."""
     peers = Peers.every_rank()
     features = torch.zeros(count, model.config.embed_dim, device=model.logit_scale.device)
     for first in range(peers.rank * block, count, peers.count * block):

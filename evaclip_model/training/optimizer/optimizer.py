@@ -323,7 +323,8 @@ class Lamb(torch.optim.Optimizer):
 
 
 class FlatSlice(NamedTuple):
-    """A range of the group's flattened tensor number `tensor`: of one parameter, or one part."""
+    """A range of the group's tensor number `tensor`, flattened, that belongs to one parameter, or
+    to one part."""
 
     tensor: int
     parameter: int

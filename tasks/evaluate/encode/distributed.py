@@ -173,7 +173,8 @@ class Features:
         return TextFeatures(self._text_folder(model))
 
     def _missing_work(self, folder: Path) -> list[ModelWork]:
-        """Work that is left, of sets that have not failed; texts of two models are the first's."""
+        """Work that is left, of the sets that have not failed; texts that two models share are
+        the first one's."""
         found: list[ModelWork] = []
         planned: set[Path] = set()
         sets = [one for name, one in self.sets.items() if name not in self.failed]

@@ -162,7 +162,8 @@ class TextFeatures:
 
 
 def answer_features(evalset: EvalSet, features: TextFeatures) -> Tensor:
-    """Features that images are compared with: a classifier [C, D], or captions [T, D]."""
+    """The features that a set's images are compared with: a classifier [C, D], or its captions
+    [T, D]."""
     if not evalset.classnames:
         return features.features_of(evalset.captions)
     each = features.features_of(fill_templates(evalset.classnames, evalset.templates))
@@ -181,7 +182,8 @@ def encode_texts(
     """Encode this rank's share of distinct `texts` into files of `folder`.
 
     Every rank is given the same texts and takes each `ranks`-th block, from its own number on.
-    `progress` is told each block's texts. InputError if features are not finite.
+    `progress` is called with the number of texts of each block. InputError if features are not
+    finite.
     """
     for chunks in list(making.iterate_text_blocks(subject, texts))[rank::ranks]:
         features = torch.cat([making.encode_text_chunk(subject, chunk) for _, chunk in chunks])

@@ -1,4 +1,5 @@
-"""Figures of a model on a set, without test images seen in training, and of two; a user's metrics.
+"""Figures of one model on one set, without test images it has seen in training, and of two models;
+metrics of a user's own.
 
 Looks are compared with 64 bits, so that pictures of little content (blank ones, digits, plain
 text) may be taken for each other: figures without such images are a bound, not a correction.

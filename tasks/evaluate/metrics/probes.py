@@ -60,7 +60,8 @@ def answer_probes(
     figures: Sequence[str],
     config: ProbeConfig,
 ) -> dict[str, ProbeAnswers]:
-    """The answers of every probe, by figure; InputError: the train part has one class or none."""
+    """The answers of every probe, by the name of its figure; InputError where the train part has
+    fewer than two classes."""
     if int((train.labels.bincount() > 0).sum()) < 2:
         raise InputError("a probe needs training images of two classes or more")
     ask = {"linear_probe": _ask_linear, "knn": _ask_neighbours}
@@ -73,7 +74,8 @@ def answer_probes(
 
 
 def choose_strength(train: LabelledFeatures, classes: int) -> float:
-    """The l2 of `STRENGTHS` most often right on training images held out, of equals the largest."""
+    """The l2 of `STRENGTHS` that is right most often on the training images held out, the
+    strongest of equal ones."""
     held = _places_in_class(train.labels) % HELD_OUT == HELD_OUT - 1
     fit, rest = train.select_rows(~held), train.select_rows(held)
     if not len(rest.labels):
@@ -91,7 +93,8 @@ def choose_strength(train: LabelledFeatures, classes: int) -> float:
 def neighbour_votes(
     train: LabelledFeatures, queries: Tensor, classes: int, config: ProbeConfig
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows, votes [rows, C]) of queries [N, D], some at a time; equals in their order."""
+    """(rows, votes [rows, C]) of queries [N, D], some at a time; equally near images are taken in
+    their order."""
     gallery = Gallery.from_features(train.values)
     for rows in gallery.split_queries(len(queries)):
         nearness = gallery.compute_logits(queries[rows])

@@ -1,6 +1,7 @@
 """The paper's figures and averages, and the verdict on ours: reproduced, differs, not comparable.
 
-`paper_tables.json` has the cells as they should be; what an erratum is about is footnoted.
+`paper_tables.json` has the cells as they should be; what an erratum corrected or only remarks on is
+footnoted.
 """
 
 import functools
@@ -168,7 +169,8 @@ def judge_figure(
 ) -> PaperVerdict:
     """The verdict on a figure of ours, a share, beside the published one.
 
-    `split` says which images: without it a set whose images the paper leaves open is not compared.
+    `split` says which images these are: without it a set is not compared of which the paper does
+    not name the images.
     """
     if why_not := next(_list_obstacles(reference, evalset, model, split), None):
         return PaperVerdict("not comparable", why_not)

@@ -99,11 +99,13 @@ class Findings:
         return self._results_part("paired", evalset, other)
 
     def table_average(self, table: str, model: str) -> Json:
-        """A model's average over a table's sets, or why there is none; empty without any set."""
+        """A model's average over the sets of a table, or why there is none; empty where no set of
+        the table was evaluated."""
         return self._results_part("averages", table, model)
 
     def contaminated_images(self, evalset: str) -> Json:
-        """Images with near-duplicates in training data, figures without; empty where not known."""
+        """Images with near-duplicates in the training data, and figures without them; empty where
+        that is not known."""
         return self._results_part("contamination", evalset)
 
     def _results_part(self, *path: str) -> Json:

@@ -132,7 +132,8 @@ def compute_chart(found: Findings, images_seen: float) -> Markup | None:
 
 
 def depth_chart(by_model: Mapping[str, Scored], subject: str) -> Markup | None:
-    """Share of right answers among the first k, for every model and chance; None without ranks."""
+    """Share of right answers among the first k, over k, for every model and for chance; None where
+    answers are not ranked."""
     rankings = {
         name: ranking
         for name, one in by_model.items()
@@ -193,7 +194,8 @@ class Tile(NamedTuple):
 
 
 def headline_tiles(found: Findings) -> list[Tile]:
-    """The headline figures: of every set when they are few, else of the paper's whole tables."""
+    """The headline figures: of every set when they are few, else of the paper's tables that are
+    whole."""
     whole = [
         table
         for table in tables.TABLES

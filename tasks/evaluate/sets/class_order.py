@@ -2,7 +2,8 @@
 
 The rule: a list and the source's words are joined by what they say, never by position, wherever
 they can be compared. Numbers are places in the list, counted from 0 or from 1. WordNet ids are
-places among ImageNet's thousand. Other words are joined by position, with a remark.
+places among ImageNet's thousand. Words that cannot be compared are joined by position, and the
+person is told.
 """
 
 import json

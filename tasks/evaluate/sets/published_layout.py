@@ -121,7 +121,8 @@ def open_set(
     index_cache: Path | None = None,
     crop_px: int = 0,
 ) -> EvalSet:
-    """Index the set in `folder`. InputError: it is damaged, of another kind, or not there.
+    """Index the set in `folder`. Raises InputError: it is damaged, of another kind, or a source
+    lacks it.
 
     Args:
         templates: prompts of a set with classes: a source's name, or the list itself.
@@ -177,7 +178,8 @@ def open_train_part(
     evalset: EvalSet, folder: Path, index_cache: Path | None = None
 ) -> EvalSet | None:
     """The part of a classification set that probes learn from, with the set's own class numbers;
-    None where it has none. InputError: it is unreadable, a link, or has another class."""
+    None where it has none. Raises InputError: it is unreadable or a link, or a class of it is not
+    one of the set's."""
     part = folder / set_layout.TRAIN
     if evalset.kind != "classification" or not part.is_dir():
         return None

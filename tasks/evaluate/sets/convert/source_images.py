@@ -67,7 +67,8 @@ def path_inside(folder: Path, name: str, where: str) -> Path:
 
 
 def class_folders(root: Path) -> dict[Path, tuple[str, ...]]:
-    """The folders of `root`, sorted as text, and their names. InputError: none, or splits."""
+    """The folders of `root`, sorted as text, and their names. Raises InputError: there is none, or
+    they are splits."""
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected a folder of one folder a class")
     folders = [path for path in root.iterdir() if path.is_dir() and _is_visible(path)]

@@ -1,7 +1,8 @@
 """The centre frame of every video, as an evaluation set of images (paper, Table 3).
 
 The centre is frame number n // 2 of the n that were decoded, from the first to the last: what a
-file says of its length is often wrong, and seeking gives neighbours of a frame.
+file says of its own length is often wrong, and seeking in it gives neighbours of the frame asked
+for.
 """
 
 import importlib
