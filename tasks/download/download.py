@@ -45,6 +45,7 @@ from tasks.download.shards import (
     silent_hosts,
     sum_of,
     total_outcomes,
+    verdict_file,
     write_rows_to_retry,
 )
 from tasks.download.watch_progress import CounterReader, Watch, dead_links, network_trouble
@@ -240,6 +241,7 @@ class _Pass:
             if progress.counts.total() != tried:
                 moved, tried = now, progress.counts.total()
             for number in reader.take_finished():
+                self._ledger.take_verdict(verdict_file(job.counters, number))
                 with suppress(BrokenShard):  # it will be found again when all is looked at
                     self._ledger.check_planned(self.plan.shards[number - job.first_number])
             watch.take_progress(now, progress)

@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from img2dataset.writer import WebDatasetSampleWriter
 from PIL import Image
 
 from evaclip_model.reading import image_decoder
+from evaclip_model.reading.samples import BrokenShard
 from tasks.download.config import DownloadConfig
 from tasks.download.fetch import Fetcher
 from tasks.download.fetch_outcome import REFUSALS, Outcome, outcome_of
-from tasks.download.shards import hash_column_of
+from tasks.download.shards import Ledger, PlannedShard, hash_column_of, verdict_file
 from tasks.download.watch_progress import OutcomeCounter
 
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -49,22 +51,27 @@ class HardenedDownloader(Downloader):
         os.environ["RES_OPTIONS"] = "timeout:3 attempts:2"
         shard, rows_file = row
         fetcher = Fetcher(self._config)
-        digests = _expected_hashes(rows_file, self._config)
+        with open(rows_file, "rb") as file:
+            rows = pa.ipc.open_file(file).read_all()
+        digests = _expected_hashes(rows, self._config)
         with OutcomeCounter(self._counters, shard) as counter:
             # img2dataset looks this name up in its module for every URL; there is no other way
             # in. importlib, because a package's attribute of a module's name may be a function.
             module: Any = importlib.import_module("img2dataset.downloader")
             module.download_image_with_retry = partial(_fetch_row, fetcher, digests, counter)
             done: tuple[bool, tuple[int, str]] = super().__call__(row)
+            planned = PlannedShard(shard, rows["source"][0].as_py(), rows.num_rows)
+            with suppress(BrokenShard):  # whoever counts shards finds it again
+                # Here, because whoever counts the shards of hundreds of machines cannot open them.
+                verdict = Ledger(verdict_file(self._counters, shard), Path(self.output_folder))
+                verdict.check_planned(planned)
         return done
 
 
-def _expected_hashes(rows_file: str, config: DownloadConfig) -> Sequence[str | None]:
+def _expected_hashes(rows: pa.Table, config: DownloadConfig) -> Sequence[str | None]:
     """The hash of every row of a shard, as img2dataset laid them out; nothing if none is wanted."""
     if not config.hash_column:
         return ()
-    with open(rows_file, "rb") as file:
-        rows = pa.ipc.open_file(file).read_all()
     name = hash_column_of(rows.column_names, config)
     values: list[str | None] = rows[name].to_pylist()
     return values

@@ -224,6 +224,11 @@ _LINE = TypeAdapter(tuple[FinishedShard, list[tuple[int, int]]])
 """A shard, size and time of change of each of its files."""
 
 
+def verdict_file(counters: Path, shard: int) -> Path:
+    """Where the maker of a shard leaves what it found, a ledger of one line."""
+    return counters / f"{shard}.checked"
+
+
 class Ledger:
     """The whole shards of one folder, as the file at `path` remembers them."""
 
@@ -231,10 +236,27 @@ class Ledger:
         self._path = path
         self._folder = folder
         self._known: dict[PlannedShard, tuple[FinishedShard, list[tuple[int, int]]]] = {}
+        self._take_lines(path)
+
+    def take_verdict(self, path: Path) -> None:
+        """Take over what the maker of a shard found, if it left that at `path`."""
+        for finished, stamp in self._take_lines(path):
+            self._remember(finished, stamp)
+        path.unlink(missing_ok=True)
+
+    def _take_lines(self, path: Path) -> list[tuple[FinishedShard, list[tuple[int, int]]]]:
+        taken = []
         for line in path.read_bytes().splitlines() if path.exists() else ():
             with suppress(ValueError):  # a line that a kill cut short is nothing
                 entry = _LINE.validate_json(line)
                 self._known[entry[0].planned] = entry
+                taken.append(entry)
+        return taken
+
+    def _remember(self, finished: FinishedShard, stamp: list[tuple[int, int]]) -> None:
+        self._known[finished.planned] = finished, stamp
+        with self._path.open("ab") as file:
+            file.write(_LINE.dump_json((finished, stamp)) + b"\n")
 
     def check_planned(self, planned: PlannedShard) -> FinishedShard:
         """The shard as remembered, or as `check_shard` finds it now."""
@@ -246,9 +268,7 @@ class Ledger:
         known, before = self._known.get(planned, (None, None))
         if known is None or before != stamp:
             known = check_shard(self._folder, planned)
-            self._known[planned] = known, stamp
-            with self._path.open("ab") as file:
-                file.write(_LINE.dump_json((known, stamp)) + b"\n")
+            self._remember(known, stamp)
         return known
 
 

@@ -15,7 +15,7 @@ is compared with what was asked for.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -57,6 +57,8 @@ COLUMNS = pa.schema(
     ]
 )
 """What is known of a sample, by its place in the shard; the shard's number and `row` are added."""
+ASKED_AT_ONCE = 10_000
+"""Marks or rows that lead to their row groups alone; with more of them, all groups are read."""
 ADDRESS = r"regexp_replace(url, '^https?://', '')"
 MEMORY_LIMIT = "2GB"
 """Of a query, where no setting says another."""
@@ -109,7 +111,9 @@ def join_indexes(parts: Sequence[tuple[Path, int, int]], folder: Path) -> None:
     rows = folder / "rows"
     rows.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
+    marked: list[tuple[Path, int]] = []
     for part, first_row, first_shard in parts:
+        marked.append((part / INDEX, first_row))
         for source in sorted((part / INDEX / "rows").glob("*.parquet")):
             target = rows / f"{len(files):05d}.parquet"
             if not target.exists() and first_row == first_shard == 0:
@@ -117,7 +121,14 @@ def join_indexes(parts: Sequence[tuple[Path, int, int]], folder: Path) -> None:
             elif not target.exists():
                 _renumber_table(source, first_row, first_shard, target)
             files.append(target)
-    _write_lookups(files, folder, MEMORY_LIMIT)
+    for kind in Kind:
+        # Their marks are there already: neither the rows' texts nor hashes of them are read again.
+        pairs = " UNION ALL ".join(
+            f"SELECT mark, row + {first_row:d} AS row FROM read_parquet($part{number})"
+            for number, (_, first_row) in enumerate(marked)
+        )
+        given = {f"part{n}": str(one / lookup_name(kind)) for n, (one, _) in enumerate(marked)}
+        _sort_marks(pairs, given, folder / lookup_name(kind), MEMORY_LIMIT)
 
 
 class SampleIndex:
@@ -197,7 +208,11 @@ class SampleIndex:
         return found["row"].astype(np.int64), found["number"].astype(np.int64)
 
     def _lookup(self, kind: Kind) -> Path:
-        return self._folder / f"by_{kind}.parquet"
+        return self._folder / lookup_name(kind)
+
+
+def lookup_name(kind: Kind) -> str:
+    return f"by_{kind}.parquet"
 
 
 def _group_tables(tables: Iterable[Path]) -> Iterator[list[tuple[int, Path]]]:
@@ -263,21 +278,25 @@ def _renumber_table(source: Path, first_row: int, first_shard: int, target: Path
 
 
 def _write_lookups(files: Sequence[Path], folder: Path, memory_limit: str) -> None:
-    """The look-up tables that are not there yet; sorted on disk when they do not fit into
-    memory."""
     for kind in Kind:
-        target = folder / f"by_{kind}.parquet"
-        if target.exists():
-            continue
-        query = f"""
-            COPY (
-                WITH stored AS (FROM read_parquet($rows)), marked AS ({_MARKED[kind]})
-                SELECT md5_number_lower(value) AS mark, row FROM marked
-                WHERE value IS NOT NULL ORDER BY mark, row
-            ) TO $target (FORMAT parquet, ROW_GROUP_SIZE {LOOKUP_ROWS_PER_GROUP}, CODEC zstd,
-                PARQUET_VERSION v2)"""  # version 2 stores differences: marks ascend
-        with replace_file(target) as beside, open_database(memory_limit, folder) as database:
-            database.execute(query, {"rows": list(map(str, files)), "target": str(beside)})
+        pairs = f"""
+            WITH stored AS (FROM read_parquet($rows)), marked AS ({_MARKED[kind]})
+            SELECT md5_number_lower(value) AS mark, row FROM marked WHERE value IS NOT NULL"""
+        given = {"rows": list(map(str, files))}
+        _sort_marks(pairs, given, folder / lookup_name(kind), memory_limit)
+
+
+def _sort_marks(pairs: str, given: Mapping[str, Any], target: Path, memory_limit: str) -> None:
+    """Write a look-up table that is not there yet, of the `pairs` (mark, row) that a query finds;
+    they are sorted on disk when they do not fit into memory."""
+    if target.exists():
+        return
+    query = f"""
+        COPY ({pairs} ORDER BY mark, row)
+        TO $target (FORMAT parquet, ROW_GROUP_SIZE {LOOKUP_ROWS_PER_GROUP}, CODEC zstd,
+            PARQUET_VERSION v2)"""  # version 2 stores differences: marks ascend
+    with replace_file(target) as beside, open_database(memory_limit, target.parent) as database:
+        database.execute(query, {**given, "target": str(beside)})
 
 
 def _rows_with_equal_marks(lookup: Path) -> Ints:
@@ -305,6 +324,7 @@ def open_database(memory_limit: str, spill: Path) -> Iterator[duckdb.DuckDBPyCon
             "memory_limit": memory_limit,
             "temp_directory": folder,
             "preserve_insertion_order": False,
+            "dynamic_or_filter_threshold": ASKED_AT_ONCE,
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
         }

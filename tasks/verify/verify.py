@@ -42,6 +42,8 @@ REPORT = "report.json"
 TABLES = ".tables"
 """One small table for each verified shard, kept until the index is there."""
 LOG = "verify.log"
+DONE = "verified"
+"""A byte for each shard that the run in progress verified."""
 GRACE_S = 2.0
 POLL_S = 0.2
 _VERDICT = b"verdict"
@@ -152,17 +154,17 @@ def _verify_missing(
     for torn in folder.glob(".*"):
         torn.unlink()
     missing = tuple(job for job in listed if not job.target.exists())
-    left = {job.target for job in missing}
+    path, log, done = out / "job.json", out / LOG, out / DONE
 
     def poll() -> None:
-        left.difference_update([target for target in left if target.exists()])
-        report(len(listed) - len(left), len(listed), "shards")
+        # looking costs the same however many there are
+        report(len(listed) - len(missing) + done.stat().st_size, len(listed), "shards")
 
     if not missing:
         return
     job = VerifyJob(config=config, shards=missing, processes=min(processes, len(missing)))
-    path, log = out / "job.json", out / LOG
     write_atomically(path, job.model_dump_json())
+    done.write_bytes(b"")
     status = run_supervised(
         [sys.executable, "-m", "tasks.verify.verify", str(path)],
         log=log,
@@ -172,7 +174,7 @@ def _verify_missing(
         poll_s=POLL_S,
     )
     poll()
-    if left:
+    if left := [job for job in missing if not job.target.exists()]:
         refuse_full_disk(log)
         text = escape_control(log.read_text(errors="replace"))
         said = text.strip().splitlines() or ["it printed nothing"]
@@ -401,11 +403,15 @@ class VerifyJob(Config):
     processes: int
 
 
-def main(job: VerifyJob) -> None:
+def main(job: VerifyJob, done_file: Path) -> None:
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(job.processes, mp_context=context) as pool:
+    with (
+        ProcessPoolExecutor(job.processes, mp_context=context) as pool,
+        done_file.open("ab", buffering=0) as done,
+    ):
         for shard in as_completed(pool.submit(_verify_one, job.config, one) for one in job.shards):
             shard.result()
+            done.write(b".")
 
 
 def _verify_one(config: VerifyConfig, shard: ShardJob) -> None:
@@ -415,4 +421,5 @@ def _verify_one(config: VerifyConfig, shard: ShardJob) -> None:
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    main(VerifyJob.from_mapping(json.loads(where.read_text()), where=str(where)))
+    job_read = VerifyJob.from_mapping(json.loads(where.read_text()), where=str(where))
+    main(job_read, where.with_name(DONE))

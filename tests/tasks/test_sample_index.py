@@ -81,6 +81,23 @@ def test_many_are_found_at_once_and_what_is_not_there_is_not(tmp_path: Path) -> 
     assert index.find_samples(Kind.UID, []) == index.find_samples(Kind.HASH, ["uid-3"]) == []
 
 
+def test_only_those_parts_of_a_look_up_table_are_read_that_may_hold_what_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_index, "LOOKUP_ROWS_PER_GROUP", 2048)
+    index = index_of(tmp_path, [row(number) for number in range(3 * 2048)])
+    path = tmp_path / INDEX / "by_uid.parquet"
+    with pq.ParquetFile(path) as parquet:
+        ends = [parquet.read_row_group(group)["row"].to_pylist()[:300] for group in (0, 2)]
+        middle = parquet.metadata.row_group(1).column(0)
+    with path.open("r+b") as file:
+        file.seek(middle.data_page_offset)
+        file.write(b"\xff" * middle.total_compressed_size)
+    rows = sorted(ends[0] + ends[1])
+    found = index.find_samples(Kind.UID, [f"uid-{number}" for number in rows])
+    assert [one["row"] for one in found] == rows
+
+
 def test_look_up_tables_are_in_order_and_hold_every_row(tmp_path: Path, small_groups: None) -> None:
     index = index_of(tmp_path, [row(number) for number in range(400)])
     for kind, names in ((Kind.UID, 1), (Kind.URL, 1), (Kind.HASH, 3)):

@@ -24,7 +24,7 @@ import pytest
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import BrokenShard, read_samples
 from tasks.artifacts.artifact import Made
-from tasks.download import download as download_module
+from tasks.download import download as download_module, shards
 from tasks.download.config import Crew, DownloadConfig
 from tasks.download.download import download_images
 from tasks.download.download_worker import open_files_needed
@@ -268,6 +268,16 @@ def test_a_checked_shard_is_not_read_again_until_its_files_change(run: Run, tmp_
     os.utime(tar)
     with pytest.raises(BrokenShard):
         Ledger(path, folder).check_planned(planned)
+
+
+def test_a_shard_is_opened_where_it_was_made_and_whoever_counts_only_compares_its_files(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[PlannedShard] = []
+    monkeypatch.setattr(shards, "check_shard", lambda folder, planned: opened.append(planned))
+    made = download_images(CONFIG, run.merged, tmp_path, Crew(1, 4), lambda *_: None)
+    assert made.counts == run.made.counts
+    assert opened == []
 
 
 def test_too_few_successes_are_refused_and_what_did_well_is_kept(run: Run, tmp_path: Path) -> None:

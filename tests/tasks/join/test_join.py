@@ -13,6 +13,7 @@ from evaclip_model.config import Config
 from tasks.artifacts.artifact import Address, Artifact, produce_artifact
 from tasks.dataset.config import DatasetConfig, OutsideFiles
 from tasks.dataset.dataset import Takedowns, make_dataset
+from tasks.index import sample_index
 from tasks.index.sample_index import INDEX, Kind, SampleIndex, read_verdicts
 from tasks.join.config import STAGE
 from tasks.join.join import JoinedPart, join_verifications, read_parts
@@ -147,10 +148,11 @@ def test_what_a_killed_join_left_changes_no_byte(weeks: list[Artifact], tmp_path
 
 
 def test_the_index_of_a_join_is_that_of_one_verification_of_all(
-    weeks: list[Artifact], tmp_path: Path
+    weeks: list[Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = [shard for week in WEEKS for shard in week]
     at_once = verified(tmp_path / "at-once", "d", shards)
+    monkeypatch.setattr(sample_index, "_MARKED", {})  # marks are the parts', not made again
     data = joined(weeks)
     names = ("row", "shard", "place", "uid", "source", "url", "stored_sha256", "phash", "flaw")
     ours, theirs = (
