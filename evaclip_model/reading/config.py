@@ -29,7 +29,7 @@ class SamplingConfig(Config):
     """Order of a source. "exact" shows every sample once before any again; "resampled" draws whole
     shards with replacement, as the authors' runs did."""
     lanes: int = Field(default=16, gt=0)
-    """Parallel data streams; every rank reads whole streams, so ranks must divide this number."""
+    """Parallel data streams; ranks and their reading processes take whole ones where they can."""
     shuffle_buffer: int = Field(default=1000, gt=0)
     """Samples of one data stream and source that are shuffled together."""
     seed: int = Field(default=4096, ge=0)

@@ -3,13 +3,14 @@ source's seeded order. Nothing is read.
 
 A step's global batch is cut into `lanes` equal runs of positions. A lane has its own share of every
 source and walks it shard after shard, shuffling windows of samples; so a rank that owns some lanes
-reads each of its shards once per epoch and front to back, and nothing depends on how many ranks
-there are. In epochs every sample of a source is seen once before any is seen again; shards drawn
-with replacement are what the authors trained with (open_clip's `--dataset-resampled`).
+reads each of its shards once per epoch and front to back. Ranks cut the same positions anew, in a
+lane where need be, so that nothing depends on how many of them there are. In epochs every sample of
+a source is seen once before any is seen again; shards drawn with replacement are what the authors
+trained with (open_clip's `--dataset-resampled`).
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import gcd
 from typing import NamedTuple
 
@@ -64,6 +65,20 @@ def _whole_shares(weights: Mapping[str, float]) -> dict[str, int]:
     return best
 
 
+def share_of_batch(global_batch: int, rank: int, ranks: int) -> range:
+    """Positions of a rank in every step's batch: any two shares differ by one at most."""
+    return range(rank * global_batch // ranks, (rank + 1) * global_batch // ranks)
+
+
+def count_parts(global_batch: int, ranks: int, size: int) -> int | None:
+    """Parts of `size` samples that every rank cuts its share into; none where they would not be
+    equal ones or, of shares that differ by one, not as many on each."""
+    least, rest = divmod(global_batch, ranks)
+    parts = -(-(least + (rest > 0)) // size)
+    is_even = parts == -(-least // size) if rest else least % size == 0
+    return parts if is_even else None
+
+
 class Mixture:
     """Draws of each source, by lane, for a fixed global batch."""
 
@@ -73,6 +88,12 @@ class Mixture:
         self.per_lane = global_batch // lanes
         pattern = list(map(self.sources.index, mixing_pattern(weights)))
         self._pattern: Ints = np.array(pattern, dtype=np.int64)
+
+    def cut_lanes(self, share: range) -> Iterator[tuple[int, slice]]:
+        """The lanes that positions of a step's batch lie in, and their places in each."""
+        for lane in range(share.start // self.per_lane, -(-share.stop // self.per_lane)):
+            first = lane * self.per_lane
+            yield lane, slice(max(0, share.start - first), min(self.per_lane, share.stop - first))
 
     def draw_sources(self, step: int, lane: int) -> Ints:
         """Source number of each of the lane's samples in this step, [per_lane]."""

@@ -8,10 +8,10 @@ nothing has to be replayed. A sample that cannot be decoded is counted and repla
 it in the same window. webdataset's pipelines know no place to go on from.
 
 Processes may read and decode ahead. A worker is a rank within the rank: it owns an equal run of the
-rank's lanes and makes their part of every step, so how many there are changes no batch and no shard
-is read twice. Images come in memory shared with the rank, a ring of `SLOTS` steps; captions and
-counts in a line of JSON. A worker whose rank is gone reads the end of its standard input, or fails
-to write, and ends.
+rank's positions and makes their part of every step, so how many there are changes no batch. A lane
+that two share is read by both, each sample decoded by one. Images come in memory shared with the
+rank, a ring of `SLOTS` steps; captions and counts in a line of JSON. A worker whose rank is gone
+reads the end of its standard input, or fails to write, and ends.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading import samples as stored_samples
 from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
-from evaclip_model.reading.order import ORDERS, Mixture, Piece
+from evaclip_model.reading.order import ORDERS, Mixture, Piece, share_of_batch
 from evaclip_model.reading.shard_store import ShardStore
 from evaclip_model.reading.transform import Picture, decode_fast, picture_bytes, train_crop
 from evaclip_model.reading.urls import is_url, resolve_location
@@ -132,8 +132,8 @@ class BatchReader:
         settings: ReadSettings,
     ) -> None:
         """Plan the reading of the shards of a manifest, a path or a URL. Raises InputError: a
-        source without shards, fewer samples than lanes or than a step takes, or ranks that do not
-        divide the lanes."""
+        source without shards, fewer samples than lanes or than a step takes, or more ranks than
+        pairs."""
         self._config = config
         self._location = shards
         self._rank, self._ranks = rank, ranks
@@ -141,15 +141,13 @@ class BatchReader:
         manifest = stored_samples.ShardManifest.read(shards)
         by_source = manifest.by_source()
         weights = _resolve_weights(by_source, config, shards)
-        if config.lanes % ranks:
+        self._share = share_of_batch(config.global_batch, rank, ranks)
+        if not self._share:
             raise InputError(
-                f"{ranks} ranks cannot share {config.lanes} lanes evenly: "
-                f"set 'lanes' to a multiple of {ranks}"
+                f"{ranks} ranks cannot share {config.global_batch} pairs: start fewer of them"
             )
-        per_rank = config.lanes // ranks
-        self._lanes = range(rank * per_rank, (rank + 1) * per_rank)
         self._mixture = Mixture(weights, config.global_batch, config.lanes)
-        self._shape = (per_rank * self._mixture.per_lane, config.image_px, config.image_px, 3)
+        self._shape = (len(self._share), config.image_px, config.image_px, 3)
         self._shards = [by_source[name] for name in weights]
         self._orders = [
             ORDERS[config.sampling](
@@ -195,8 +193,7 @@ class BatchReader:
     def iterate_batches(self, first_step: int, steps: int) -> Generator[Batch, None, None]:
         """Batches from `first_step` to `steps` (exclusive), the next ones made while one is used;
         raises as `read_batch`, and WorkerFailed when a reading process crashed or was killed."""
-        most = min(self._settings.workers, len(self._lanes))
-        workers = next((n for n in range(most, 0, -1) if len(self._lanes) % n == 0), 0)
+        workers = min(self._settings.workers, len(self._share))
         if not workers:
             with ThreadPoolExecutor(1, thread_name_prefix="reader") as ahead:
                 following: Future[Batch] | None = None
@@ -228,9 +225,11 @@ class BatchReader:
         captions: list[str] = []
         origins: list[Origin] = []
         weights = self._config.caption_weights
-        for lane in self._lanes:
+        for lane, mine in self._mixture.cut_lanes(self._share):
+            sources = self._mixture.draw_sources(step, lane)
             drawn = self._mixture.drawn_before(step, lane)
-            for source in self._mixture.draw_sources(step, lane).tolist():
+            drawn += np.bincount(sources[: mine.start], minlength=len(drawn))
+            for source in sources[mine].tolist():
                 place = len(captions)
                 position = int(positions[place])
                 image, loaded = self._draw_sample(source, lane, int(drawn[source]), position)
@@ -263,29 +262,29 @@ class BatchReader:
         return torch.empty(self._shape, dtype=torch.uint8).permute(0, 3, 1, 2)
 
     def _list_positions(self, step: int) -> Tensor:
-        first = step * self._config.global_batch + self._lanes.start * self._mixture.per_lane
-        return torch.arange(first, first + len(self._lanes) * self._mixture.per_lane)
+        first = step * self._config.global_batch
+        return torch.arange(first + self._share.start, first + self._share.stop)
 
     def _start_workers(self, workers: int, first_step: int, steps: int) -> Iterator[Worker]:
         config = self._config
-        images = len(self._lanes) // workers * self._mixture.per_lane
-        share = {
+        limits = {
             "cache_bytes": self._settings.cache_bytes // workers,
             "shard_cache_bytes": self._settings.shard_cache_bytes // workers,
             "workers": 0,
         }
         for worker in range(workers):
-            settings = {
+            settings: dict[str, Any] = {
                 "shards": str(self._location),
                 "sampling": config.model_dump(
                     mode="json", include=set(SamplingConfig.model_fields)
                 ),
                 "rank": self._rank * workers + worker,
                 "ranks": self._ranks * workers,
-                "settings": self._settings.model_dump(mode="json") | share,
+                "settings": self._settings.model_dump(mode="json") | limits,
                 "first_step": first_step,
                 "steps": steps,
             }
+            images = len(share_of_batch(config.global_batch, settings["rank"], settings["ranks"]))
             yield Worker(settings, (images, 3, config.image_px, config.image_px))
 
     def _draw_sample(

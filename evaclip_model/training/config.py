@@ -413,9 +413,9 @@ class TrainJob(Config):
     """Stop after the self-test and one step that is thrown away; report memory and time."""
     cache_bytes: int = Field(default=2 * 2**30, ge=0)
     """Memory each rank may fill with decoded images; 0 decodes every time."""
-    read_workers: int = Field(default=0, ge=0)
-    """Processes of each rank that read and decode ahead; 0 leaves it to a thread of the rank. Fewer
-    are started when the rank's lanes cannot be shared evenly."""
+    read_workers: int | None = Field(default=None, ge=0)
+    """Processes of each rank that read and decode ahead; 0 leaves it to a thread of the rank, none
+    takes the cores that a GPU's rank leaves free."""
     shard_cache: Path | None = None
     """Folder for shards that are fetched from a URL; none: in the run's folder."""
     shard_cache_bytes: int = Field(default=32 * 2**30, ge=0)

@@ -170,7 +170,7 @@ def gpu_memory(
     wide = 4 if train.precision == "fp32" else 2
     shared = ranks if train.zero_stage > 0 else 1
     has_masters = train.zero_stage > 0 or train.precision != "fp32"
-    share = train.global_batch // ranks
+    share = -(-train.global_batch // ranks)
     features = 2 * 4 * config.embed_dim
     memory = {
         "weights": parameters * wide,

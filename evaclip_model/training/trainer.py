@@ -28,6 +28,7 @@ from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import LOGIT_BIAS, ModelConfig
+from evaclip_model.reading.order import count_parts
 from evaclip_model.reading.reader import Batch, BatchReader, ReadSettings
 from evaclip_model.reading.teacher_features import read_features
 from evaclip_model.training import config as jobs, training_step
@@ -104,7 +105,7 @@ class Rank:
         self.part_size = size_of_parts(job, self.ranks)
         self.read_settings = ReadSettings(
             cache_bytes=job.cache_bytes,
-            workers=job.read_workers,
+            workers=read_workers_of(job, self.device),
             shard_cache=job.shard_cache or job.run_dir / jobs.SHARD_CACHE,
             shard_cache_bytes=job.shard_cache_bytes,
         )
@@ -131,7 +132,8 @@ class Rank:
         inputs = training_step.step_inputs(
             config, model.vision, step, batch.images, tokens, batch.positions
         )
-        text_tokens = float(training_step.caption_lengths(tokens).double().mean())
+        lengths = training_step.caption_lengths(tokens).double()
+        text_tokens = float(lengths.sum()) * self.ranks / config.global_batch  # if uneven, too
         prepare_s = watch.take_lap()
         kinds = training_step.number_batch(batch, config)
         terms = training_step.forward_backward(
@@ -385,7 +387,7 @@ def dry_run(job: jobs.TrainJob, rank: Rank) -> Mapping[str, Any]:
     result = {
         "ranks": rank.ranks,
         "device": str(rank.device),
-        "micro_batch": rank.part_size or job.train.global_batch // rank.ranks,
+        "micro_batch": rank.part_size or -(-job.train.global_batch // rank.ranks),
         "data_wait_s": gradient.seconds.data_wait_s,
         "prepare_s": gradient.seconds.prepare_s,
         "gradient_s": gradient.seconds.gradient_s,
@@ -503,13 +505,22 @@ def make_engine(job: jobs.TrainJob, model: EvaClip, part_size: int | None) -> En
 
 def size_of_parts(job: jobs.TrainJob, ranks: int) -> int | None:
     """Pairs of a rank that are in memory at once; none for its whole share. Raises InputError when
-    that cannot be cut into equal parts of the job's `micro_batch`."""
-    share = job.train.global_batch // ranks
-    if job.micro_batch is None or job.micro_batch >= share:
+    all ranks cannot cut theirs into as many parts of the job's `micro_batch`."""
+    batch, size = job.train.global_batch, job.micro_batch
+    if size is None or size >= -(-batch // ranks):
         return None
-    if share % job.micro_batch:
+    if count_parts(batch, ranks, size) is None:
         raise InputError(
-            f"micro_batch = {job.micro_batch} must divide a rank's share of the global batch, "
-            f"{share} pairs"
+            f"micro_batch = {size} must divide a rank's share of the global batch, "
+            f"{batch // ranks} pairs"
         )
-    return job.micro_batch
+    return size
+
+
+def read_workers_of(job: jobs.TrainJob, device: torch.device) -> int:
+    """Processes that read for this rank: by default those of its machine's cores that no rank
+    needs, of which a GPU's takes one itself, a CPU's all it has."""
+    if job.read_workers is not None or device.type == "cpu":
+        return job.read_workers or 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count())
+    return max(0, len(os.sched_getaffinity(0)) // here - 1)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.reading.order import Mixture, count_parts, share_of_batch
 from evaclip_model.training import cost
 from evaclip_model.training.config import TrainConfig, feature_bytes, find_architecture
 from evaclip_model.training.engine.deepspeed_config import deepspeed_config
@@ -34,6 +35,8 @@ WAITING_BYTES = 245
 """Temporary disk of a row read, until its partition is written; `make bench-merge`."""
 URLS_PER_MACHINE_S = 1_000
 """img2dataset's documentation: one 16-core machine (c6i.4xlarge) at 256 to 384 px."""
+READ_PER_PROCESS_S = 2_000
+"""Images of 256 px that a process reads, decodes and crops to 224 px; `make bench-loader`."""
 MACHINES = 10  # what LAION used for LAION-5B in seven days
 GIB = 2**30
 USABLE_SHARE = 0.92  # of a GPU's memory, so that what the allocator cannot use in pieces has room
@@ -101,7 +104,7 @@ class Cut:
     """The way in which a rank's share of the global batch goes through its GPU."""
 
     share: int
-    """Pairs of a rank in every step."""
+    """Pairs of a rank in every step, the larger number where they differ by one."""
     micro_batch: int
     """Pairs at once; one even where not one fits."""
     memory: dict[str, float]
@@ -110,7 +113,7 @@ class Cut:
 
     @property
     def parts(self) -> int:
-        return self.share // self.micro_batch
+        return -(-self.share // self.micro_batch)
 
     @property
     def needed(self) -> float:
@@ -122,11 +125,13 @@ class Cut:
 
 
 def cut_share(model: ModelConfig, train: TrainConfig, machines: Machines) -> Cut:
-    """The largest parts of a rank's share that its memory holds; `count` divides the batch."""
-    share = train.global_batch // machines.count
+    """The largest parts of a rank's share that its memory holds."""
+    share = -(-train.global_batch // machines.count)
     limit = machines.memory_gb * GIB * USABLE_SHARE
-    for parts in (number for number in range(1, share + 1) if share % number == 0):
-        size = share // parts
+    for parts in range(1, share + 1):
+        size = -(-share // parts)
+        if count_parts(train.global_batch, machines.count, size) != parts:
+            continue
         memory = cost.gpu_memory(
             model,
             train,
@@ -145,14 +150,14 @@ def estimate_stage(
 ) -> Iterator[Line]:
     """The figures of one training stage on `machines`; `utilisation` is the share of the GPUs' peak
     that is reached, by default the paper's."""
-    if impossible := _cannot_share(train, machines.count):
-        yield Line("ranks", f"{machines.count} cannot share the batch", impossible)
+    if machines.count > train.global_batch:
+        yield Line("ranks", f"{machines.count} cannot share the batch", "use fewer GPUs")
         return
     model = recipe.initialise.load_architecture().at_image_px(train.image_px)
     cut = cut_share(model, train, machines)
     terms = sorted(cut.memory.items(), key=lambda term: -term[1])
     shown = ", ".join(f"{what} {size / GIB:,.1f}" for what, size in terms if size >= 5e7)
-    yield _batch_line(cut, machines.count)
+    yield _batch_line(cut, train.global_batch, machines.count)
     steps = f"{train.steps:,} for {train.samples_seen:,} samples"
     steps = steps if train.steps else "counted when training begins"
     yield Line("steps", steps, "the recipe's, on any GPUs")
@@ -163,7 +168,7 @@ def estimate_stage(
     yield Line(
         "memory of a rank's reader",
         f"{reader_bytes(recipe, train, machines.count) / GIB:,.1f} GiB",
-        f"{train.lanes // machines.count} lanes x {train.shuffle_buffer:,} stored samples x "
+        f"{_count_lanes(train, machines.count)} lanes x {train.shuffle_buffer:,} stored samples x "
         f"{_count_sources(recipe, train)} sources, pixels of {READ_AHEAD_STEPS} steps",
     )
     if cut.fits:
@@ -187,23 +192,7 @@ def _encode_line(
     return Line(what, f"{size}, {hours:,.0f} GPU-hours{price}", origin)
 
 
-def _cannot_share(train: TrainConfig, ranks: int) -> str | None:
-    """Return why so many ranks cannot train this stage, and which can; none if they can."""
-    batch, lanes = train.global_batch, train.lanes
-    fewer = next(n for n in range(ranks, 0, -1) if batch % n == 0 and lanes % n == 0)
-    if batch % ranks:
-        return f"global_batch {batch:,} is not a multiple of {ranks}: use {fewer} GPUs"
-    if lanes % ranks:
-        other = math.lcm(lanes, ranks)
-        other = ranks if batch % other else other
-        return (
-            f"{ranks} is not a divisor of {lanes} lanes: use {fewer} GPUs, or another order of "
-            f"samples by --set train.{train.name}.lanes={other}"
-        )
-    return None
-
-
-def _batch_line(cut: Cut, ranks: int) -> Line:
+def _batch_line(cut: Cut, batch: int, ranks: int) -> Line:
     if not cut.fits:
         cuts, origin = "", "the recipe's; not even one pair at once fits"
     elif cut.parts == 1:
@@ -212,7 +201,9 @@ def _batch_line(cut: Cut, ranks: int) -> Line:
         cuts = f", in {cut.parts:,} parts of {cut.micro_batch:,}"
         origin = "the largest equal parts that fit; the gradient is the same for any: set "
         origin += f"EVACLIP_MICRO_BATCH={cut.micro_batch}"
-    return Line("batch", f"{cut.share * ranks:,} = {ranks} x {cut.share:,}{cuts}", origin)
+    more = batch % ranks  # of them have one pair more
+    of_all = f"{ranks - more} x {cut.share - 1:,} + {more}" if more else f"{ranks}"
+    return Line("batch", f"{batch:,} = {of_all} x {cut.share:,}{cuts}", origin)
 
 
 def _remedy_line(model: ModelConfig, train: TrainConfig, machines: Machines, cut: Cut) -> Line:
@@ -234,10 +225,18 @@ def _remedy_line(model: ModelConfig, train: TrainConfig, machines: Machines, cut
 
 def reader_bytes(recipe: Recipe, train: TrainConfig, ranks: int) -> int:
     """Memory of the host that each of `ranks` ranks reads ahead into."""
-    samples = train.lanes // ranks * train.shuffle_buffer * _count_sources(recipe, train)
-    pixels = READ_AHEAD_STEPS * train.global_batch // ranks * 3 * train.image_px**2
+    lanes = _count_lanes(train, ranks)
+    samples = lanes * train.shuffle_buffer * _count_sources(recipe, train)
+    pixels = READ_AHEAD_STEPS * -(-train.global_batch // ranks) * 3 * train.image_px**2
     stored_px = recipe.download.image_px if recipe.download_table else ADOPTED_PX
     return expected_bytes(samples, stored_px) + pixels
+
+
+def _count_lanes(train: TrainConfig, ranks: int) -> int:
+    """Most lanes that a rank reads of; one that two share is read by both."""
+    mixture = Mixture({"": 1.0}, train.global_batch, train.lanes)
+    shares = (share_of_batch(train.global_batch, rank, ranks) for rank in range(ranks))
+    return max(sum(1 for _ in mixture.cut_lanes(share)) for share in shares)
 
 
 def _count_sources(recipe: Recipe, train: TrainConfig) -> int:
@@ -277,6 +276,9 @@ def _time_lines(
     hours = train.samples_seen / rate / 3600
     origin = f"{share:.0%} of {peak / 1e12:,.0f} TFLOP/s: {origin}"
     yield Line("rate", f"{rate:,.0f} samples/s a GPU", origin)
+    readers = f"{math.ceil(rate / READ_PER_PROCESS_S)} or more a GPU"
+    origin = f"{READ_PER_PROCESS_S:,} stored images/s each (make bench-loader); they share lanes"
+    yield Line("reading processes", readers, f"{origin}, and are as many as it has cores, less one")
     time = f"{hours / machines.count / 24:,.1f} days, {hours:,.0f} GPU-hours"
     yield Line("time", time, f"{train.samples_seen:,} samples at that rate, without stops")
     if machines.price is not None:
@@ -295,7 +297,7 @@ def _time_lines(
 
 def engine_settings(recipe: Recipe, train: TrainConfig, machines: Machines) -> str | None:
     """DeepSpeed's JSON for the stage on `machines`, in one line; none where they cannot train."""
-    if _cannot_share(train, machines.count):
+    if machines.count > train.global_batch:
         return None
     model = recipe.initialise.load_architecture().at_image_px(train.image_px)
     accumulates = cut_share(model, train, machines).parts > 1

@@ -175,7 +175,7 @@ def _check_memory(recipe: Recipe, profile: Profile, machine: Machine) -> Finding
     needed = 0.0
     for train in planned_stages(recipe):
         ranks = profile.ranks or default_ranks(
-            machine.cores, machine.gpus.count if machine.gpus else 0, train.lanes
+            machine.cores, machine.gpus.count if machine.gpus else 0
         )
         stage = float(ranks * reader_bytes(recipe, train, ranks))
         if machine.gpus is None:
@@ -209,9 +209,9 @@ def _check_training(
             found = f"none, {time} on {machine.cores} cores"
             do = "train on GPUs, here or on a cluster (EVACLIP_LAUNCHER)"
             yield Finding.of(days <= CPU_DAYS, what, found, do)
-        elif train.global_batch % machines.count or train.lanes % machines.count:
+        elif train.global_batch < machines.count:
             found = f"{machines} cannot share batches of {train.global_batch:,}"
-            yield Finding("fail", what, found, "plan with --gpus says which number can")
+            yield Finding("fail", what, found, "train on fewer")
         else:
             cut = cut_share(model, train, machines)
             found = f"needs {cut.needed / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB on {machines}"

@@ -28,9 +28,11 @@ from evaclip_model.reading.tar_file import BrokenTar, TarReader
 from tasks.dataset.config import DatasetConfig, OutsideFiles, Seen
 from tasks.dataset.lists import SHA256, is_url, read_hashes
 from tasks.dataset.scores import count_scores, find_low_scores, read_uids, uids_of_rows
-from tasks.index.perceptual_hash import Hashes, KnownHashes, hash_images, near_pairs
+from tasks.index.perceptual_hash import Hashes, KnownHashes, hash_images, is_crowded, near_pairs
 from tasks.index.sample_index import Ints, Kind, SampleIndex, ShardVerdict
 
+PAIRED_AT_LEAST = 1 << 10
+"""Hashes of which all pairs that look alike are held, however many."""
 Rows = npt.NDArray[np.int64]
 Asked = Mapping[Kind, tuple[str, ...]]
 """What is looked for, by kind."""
@@ -273,13 +275,30 @@ def _find_later(rows: Ints, groups: Ints) -> Rows:
 def _later_looks(looks: Hashes, most: int, candidates: Rows) -> Rows:
     """Rows of `candidates` (ascending) that look like an earlier one that stays. Only distinct
     hashes are paired, because equal ones would all be paired with each other."""
-    hashes, first, same = np.unique(looks[candidates], return_index=True, return_inverse=True)
-    pairs = first[near_pairs(hashes, most)]
-    order = np.argsort(pairs, axis=None)
-    goes = first[same] != np.arange(len(candidates))  # behind one that looks the same
-    goes[_find_later(pairs.ravel()[order], order // 2)] = True
+    asked = looks[candidates]
+    _, first = np.unique(asked, return_index=True)
+    goes = np.ones(len(candidates), dtype=np.bool_)  # behind one that looks the same
+    first.sort()
+    goes[first] = _find_later_looks(asked[first], most)
     later: Rows = candidates[goes]
     return later
+
+
+def _find_later_looks(hashes: Hashes, most: int) -> npt.NDArray[np.bool_]:
+    """Mask of the hashes, which differ, that are near an earlier one that stays. A crowd of n that
+    look alike makes n^2 pairs: then the first half's that stay take those of the second away."""
+    goes = np.zeros(len(hashes), dtype=np.bool_)
+    if len(hashes) <= PAIRED_AT_LEAST or not is_crowded(hashes, most):
+        pairs = near_pairs(hashes, most)
+        order = np.argsort(pairs, axis=None)
+        goes[_find_later(pairs.ravel()[order], order // 2)] = True
+        return goes
+    half = len(hashes) // 2
+    goes[:half] = _find_later_looks(hashes[:half], most)
+    goes[half:] = KnownHashes(hashes[:half][~goes[:half]], most).find_near(hashes[half:])
+    rest = half + np.flatnonzero(~goes[half:])
+    goes[rest] = _find_later_looks(hashes[rest], most)
+    return goes
 
 
 def _rows_of(found: Iterable[Mapping[str, Any]]) -> Rows:

@@ -10,9 +10,11 @@ never by comparing all with all (Manku, Jain, Das Sarma: Detecting near-duplicat
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, islice, pairwise
 
 import numpy as np
@@ -71,32 +73,51 @@ def near_pairs(hashes: Hashes, most: int) -> npt.NDArray[np.int64]:
     return np.unique(np.concatenate(found), axis=0)
 
 
+def is_crowded(hashes: Hashes, most: int) -> bool:
+    """Return whether some of `hashes` look so alike that `near_pairs` would compare most of them
+    with each other."""
+    for mask in _band_masks(most, len(hashes)):
+        _, sizes = np.unique(hashes & mask, return_counts=True)
+        if (sizes * (sizes - 1)).sum() > 2 * _MOST_IN_A_BUCKET * len(hashes):
+            return True
+    return False
+
+
 class KnownHashes:
     """Hashes to find again, such as those of evaluation images; `most` bits may differ."""
 
     def __init__(self, hashes: Hashes, most: int) -> None:
         known = np.unique(hashes)
         self._most = most
-        self._by_band = []
+        self._by_band: list[tuple[np.uint64, Hashes, Hashes]] = []
         for mask in _band_masks(most, len(known)):
             order = np.argsort(known & mask, kind="stable")
             self._by_band.append((mask, known[order] & mask, known[order]))
 
     def find_near(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
         """Mask of the `hashes` that are within the distance of a known one, [n]."""
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # NumPy searches unlocked
+            found = list(pool.map(partial(self._find_by_band, hashes), self._by_band))
+        result: npt.NDArray[np.bool_] = np.logical_or.reduce(found)
+        return result
+
+    def _find_by_band(
+        self, hashes: Hashes, band: tuple[np.uint64, Hashes, Hashes]
+    ) -> npt.NDArray[np.bool_]:
+        """Those among them that agree with a known one in the bits of a band, too."""
+        mask, keys, known = band
         result = np.zeros(len(hashes), dtype=np.bool_)
-        for mask, keys, known in self._by_band:
-            asked = hashes & mask
-            first = np.searchsorted(keys, asked, side="left")
-            last = np.searchsorted(keys, asked, side="right")
-            open_places: Places = np.flatnonzero((first < last) & ~result)
-            at = first[open_places]
-            while len(open_places):
-                close = hamming_distance(hashes[open_places], known[at]) <= self._most
-                result[open_places[close]] = True
-                at += 1
-                more = ~close & (at < last[open_places])
-                open_places, at = open_places[more], at[more]
+        asked = hashes & mask
+        first = np.searchsorted(keys, asked, side="left")
+        last = np.searchsorted(keys, asked, side="right")
+        places: Places = np.flatnonzero(first < last)
+        at = first[places]
+        while len(places):
+            close = hamming_distance(hashes[places], known[at]) <= self._most
+            result[places[close]] = True
+            at += 1
+            more = ~close & (at < last[places])
+            places, at = places[more], at[more]
         return result
 
 

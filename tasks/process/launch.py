@@ -111,11 +111,10 @@ class RankLaunch(Config):
         return self
 
 
-def default_ranks(cores: int, gpus: int, lanes: int) -> int:
-    """Ranks when no number is set: one a GPU, or two on a CPU that has the cores; fewer where
-    `lanes` cannot be shared out among them, so that a machine that lost a GPU goes on."""
-    wanted = gpus or min(CPU_RANKS, cores)
-    return max(ranks for ranks in range(1, wanted + 1) if lanes % ranks == 0)
+def default_ranks(cores: int, gpus: int) -> int:
+    """Ranks when no number is set: one a GPU, or two on a CPU that has the cores. Any number can
+    share a batch, so that a machine that lost a GPU goes on with the others."""
+    return gpus or min(CPU_RANKS, cores)
 
 
 def count_gpus(visible: str | None, devices: Path = Path("/dev")) -> int:
@@ -123,11 +122,6 @@ def count_gpus(visible: str | None, devices: Path = Path("/dev")) -> int:
     if visible is not None:
         return len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
     return len(list(devices.glob("nvidia[0-9]*")))
-
-
-def default_read_workers(cores: int, ranks: int, gpus: int) -> int:
-    """Processes of each rank that read: a GPU's rank needs one core itself, a CPU's all it has."""
-    return max(0, cores // ranks - 1) if gpus else 0
 
 
 def start_command(launch: RankLaunch, program: Program, ranks: int) -> list[str]:

@@ -24,7 +24,6 @@ from tasks.process.launch import (
     WORKER,
     count_gpus,
     default_ranks,
-    default_read_workers,
     rank_environment,
     read_hostfile,
     start_command,
@@ -217,7 +216,7 @@ def _with_smaller_parts(
 ) -> Launch:
     """`launch` with half as many pairs of a rank in memory at once; InputError: that was `tried`,
     or the number is odd."""
-    share = config.global_batch // _this_machine(config, launch).all_ranks
+    share = -(-config.global_batch // _this_machine(config, launch).all_ranks)
     pairs = min((tried or launch).micro_batch or share, share)
     if tried is not None or pairs % 2:
         raise InputError(
@@ -289,7 +288,7 @@ class _ThisMachine(NamedTuple):
 def _this_machine(config: training.TrainConfig, launch: Launch) -> _ThisMachine:
     cores = len(os.sched_getaffinity(0))
     gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    ranks, machines = launch.ranks or default_ranks(cores, gpus, config.lanes), launch.nodes
+    ranks, machines = launch.ranks or default_ranks(cores, gpus), launch.nodes
     if launch.hostfile is not None and launch.launcher == "deepspeed":
         hosts = read_hostfile(launch.hostfile)
         ranks, machines = max(hosts.values()), len(hosts)
@@ -309,8 +308,7 @@ def _make_job(
     }
     fitting: dict[str, Any] = {}
     if here.is_alone:
-        workers = default_read_workers(here.cores, here.ranks, here.gpus)
-        fitting = {"threads": max(1, here.cores // here.ranks), "read_workers": workers}
+        fitting = {"threads": max(1, here.cores // here.ranks)}
     return training.TrainJob(
         train=config,
         start_from=inputs.start_from.resolve(),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from evaclip_model.reading.order import share_of_batch
 from evaclip_model.training.loss import contrastive
 from tests.evaclip_model.plain_loss import WAYS, pair_numbers, teachers_of, with_gradients
 
@@ -17,14 +19,15 @@ def main(features: str, scale: float, out: Path) -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     whole = load_file(features)
-    image, text = (
-        whole[key].chunk(ranks)[rank].clone() for key in ("image_features_all", "text_features_all")
-    )
-    captions = pair_numbers(len(image) * ranks).chunk(ranks)[rank]
+    samples = len(whole["image_features_all"])
+    mine = share_of_batch(samples, rank, ranks)
+    cut = slice(mine.start, mine.stop)
+    image, text = (whole[f"{side}_features_all"][cut].clone() for side in ("image", "text"))
+    captions = pair_numbers(samples)[cut]
+    terms = partial(contrastive.pair_terms, is_uneven=samples % ranks > 0)
     for name, way in WAYS.items():
-        teachers = teachers_of(len(image) * ranks, way.get("teachers", ()))
-        own = [one.chunk(ranks)[rank] for one in teachers]
-        found = with_gradients(contrastive.pair_terms, image, text, captions, scale, way, own)
+        own = [one[cut] for one in teachers_of(samples, way.get("teachers", ()))]
+        found = with_gradients(terms, image, text, captions, scale, way, own)
         save_file(
             {key: value.contiguous() for key, value in found.items()},
             out / f"{name}-{rank}.safetensors",

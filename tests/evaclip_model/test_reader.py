@@ -226,6 +226,25 @@ def test_settings_that_do_not_fit_the_shards_are_refused(small_shards, changes, 
         reader(small_shards, **changes)
 
 
-def test_ranks_must_divide_the_lanes(small_shards):
-    with pytest.raises(InputError, match="4 ranks cannot share 6 lanes"):
-        reader(small_shards, ranks=4)
+@pytest.mark.parametrize("sampling", ["exact", "resampled"])
+@pytest.mark.parametrize("ranks", [4, 5, 16])
+def test_any_number_of_ranks_shares_the_same_batches(small_shards, ranks, sampling):
+    whole = reader(small_shards, sampling=sampling)
+    wanted = {step: whole.read_batch(step) for step in range(3, 9)}
+    readers = (
+        reader(small_shards, memory=0, rank=rank, ranks=ranks, sampling=sampling)
+        for rank in range(ranks)
+    )
+    parts = [list(one.iterate_batches(3, 9)) for one in readers]
+    for together in zip(*parts, strict=True):
+        expected = wanted[together[0].step]
+        sizes = {len(part.captions) for part in together}
+        assert max(sizes) - min(sizes) <= 1
+        assert sum((part.captions for part in together), ()) == expected.captions
+        assert torch.equal(torch.cat([part.images for part in together]), expected.images)
+        assert torch.equal(torch.cat([part.positions for part in together]), expected.positions)
+
+
+def test_more_ranks_than_pairs_are_refused(small_shards):
+    with pytest.raises(InputError, match="25 ranks cannot share 24 pairs"):
+        reader(small_shards, ranks=25)

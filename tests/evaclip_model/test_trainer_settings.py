@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
+from evaclip_model.training.config import TrainJob
 from evaclip_model.training.monitoring.validation import open_probe, run_probe
+from evaclip_model.training.trainer import read_workers_of
 from evaclip_model.training.worker import DATA_ERROR
 from tests.evaclip_model.trainer_runs import finish, job_of, start
 
@@ -25,9 +27,12 @@ def plain(tiny_data, ranks, tmp_path_factory):
     return job.parent, finish(ranks, start(ranks, 2, job), job)
 
 
-def test_a_share_in_parts_gives_the_steps_of_the_whole_share(tiny_data, ranks, plain, tmp_path):
-    job = job_of(tiny_data, tmp_path / "run", **SHORT, job={"micro_batch": 4})
-    rows = finish(ranks, start(ranks, 2, job), job)
+@pytest.mark.parametrize(("count", "size"), [(2, 4), (5, 3)])
+def test_a_share_in_parts_gives_the_steps_of_the_whole_share(
+    tiny_data, ranks, plain, tmp_path, count, size
+):
+    job = job_of(tiny_data, tmp_path / "run", **SHORT, job={"micro_batch": size})
+    rows = finish(ranks, start(ranks, count, job), job)
     for ours, theirs in zip(rows, plain[1], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
@@ -39,6 +44,20 @@ def test_parts_that_do_not_divide_the_share_are_refused(tiny_data, ranks, tmp_pa
     error = (job.parent / "error.txt").read_text()
     assert "micro_batch = 5 must divide" in error
     assert "12 pairs" in error
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "ranks_here", "expected"),
+    [(None, "cuda", "8", 7), (None, "cuda", "64", 0), (None, "cpu", "2", 0), (3, "cuda", "8", 3)],
+)
+def test_reading_processes_get_the_cores_that_gpus_leave(
+    tmp_path, monkeypatch, asked, device, ranks_here, expected
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
+    settings = json.loads(job_of(tmp_path, tmp_path / "run").read_text())
+    job = TrainJob(**settings, read_workers=asked)
+    assert read_workers_of(job, torch.device(device)) == expected
 
 
 def test_a_dry_run_reports_a_step_and_leaves_nothing_else(tiny_data, ranks, plain, tmp_path):

@@ -16,6 +16,7 @@ from flows.config.recipe import Machines, Recipe, load_recipe
 from flows.config.recipe_loader import recipe_names
 from flows.graph.graph import draw_graph
 from flows.planning.recipe_cost import (
+    READ_PER_PROCESS_S,
     RECOMPUTED,
     TABLE_6_SHARE,
     cut_share,
@@ -88,19 +89,31 @@ def test_what_does_not_fit_is_said_with_what_is_too_much_and_what_is_less() -> N
 
 
 @pytest.mark.parametrize(
-    ("machines", "sentence"),
+    ("name", "machines", "batch"),
     [
-        ("48xA100-40GB", "global_batch 131,072 is not a multiple of 48: use 32 GPUs"),
-        ("512xA100-40GB", "512 is not a divisor of 256 lanes: use 256 GPUs, .*lanes=512"),
+        ("eva02-clip-e-14-plus", "256xA100-80GB", "144,000 = 128 x 562 + 128 x 563"),
+        ("eva02-clip-e-14-plus", "144xA100-80GB", "144,000 = 144 x 1,000"),
+        ("eva02-clip-b-16", "48xA100-40GB", "131,072 = 16 x 2,730 + 32 x 2,731"),
+        ("eva02-clip-b-16", "512xH200-139GB", "131,072 = 512 x 256"),
     ],
 )
-def test_numbers_of_gpus_that_cannot_share_a_batch_are_refused_with_one_that_can(
-    machines: str, sentence: str
-) -> None:
-    recipe = load_recipe("eva02-clip-b-16")
+def test_any_number_of_gpus_shares_a_batch_and_is_fed(name: str, machines: str, batch: str) -> None:
+    recipe = load_recipe(name)
     shown = figures(recipe, machines)
-    assert list(shown) == ["ranks"] and re.search(sentence, shown["ranks"])
-    assert engine_settings(recipe, recipe.train[0], Machines.parse_spec(machines)) is None
+    assert shown["batch"].startswith(batch)
+    rate = float(re.sub(r"[^\d]", "", shown["rate"].split(" ")[0]))
+    processes = int(shown["reading processes"].split(" ")[0])
+    assert processes * READ_PER_PROCESS_S >= rate
+    settings = json.loads(engine_settings(recipe, recipe.train[0], Machines.parse_spec(machines)))
+    count = Machines.parse_spec(machines).count
+    assert settings["train_batch_size"] == settings["train_micro_batch_size_per_gpu"] * count
+
+
+def test_more_gpus_than_pairs_are_refused() -> None:
+    recipe = load_recipe("eva02-clip-b-16")
+    assert list(figures(recipe, "131073xA100-40GB")) == ["ranks"]
+    spec = Machines.parse_spec("131073xA100-40GB")
+    assert engine_settings(recipe, recipe.train[0], spec) is None
 
 
 def test_time_follows_from_flops_and_the_share_of_the_peak() -> None:

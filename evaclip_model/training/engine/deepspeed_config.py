@@ -20,9 +20,10 @@ def deepspeed_config(
     """DeepSpeed's configuration, ready for JSON; `parameters` is the model's size. A rank's share
     of the global batch is one micro-batch to DeepSpeed even when it comes in parts (`accumulates`),
     which are added up in fp32: the contrastive loss is not a sum over parts."""
+    share = -(-config.global_batch // ranks)
     settings: dict[str, Any] = {
-        "train_batch_size": config.global_batch,
-        "train_micro_batch_size_per_gpu": config.global_batch // ranks,
+        "train_batch_size": share * ranks,  # DeepSpeed only compares it with the shares
+        "train_micro_batch_size_per_gpu": share,
         "gradient_accumulation_steps": 1,
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,

@@ -53,6 +53,7 @@ def pair_terms(
     teacher: TeacherConfig | None = None,
     group: dist.ProcessGroup | None = None,
     is_whole_batch: bool = False,
+    is_uneven: bool = False,
 ) -> LossTerms:
     """This rank's rows against the columns of every rank.
 
@@ -61,7 +62,8 @@ def pair_terms(
     batch in one process. Raises ValueError unless features are pairs of one size.
 
     Args:
-        image_features, text_features: [b, E] of unit length; the same b on every rank.
+        image_features, text_features: [b, E] of unit length; the same b on every rank, unless
+            `is_uneven`, which costs an exchange of them.
         logit_scale: [] inverse temperature.
         logit_bias: [] added to all logits of the sigmoid loss; none for softmax.
         captions: [b, 2] int64 of captions and images: pairs of which one is equal belong together.
@@ -78,13 +80,17 @@ def pair_terms(
             f"features of pairs must both be [b, E], not {list(image.shape)} and {list(text.shape)}"
         )
     is_alone = is_whole_batch or not dist.is_initialized() or dist.get_world_size(group) == 1
-    first_row, all_image, all_text = 0, image, text
+    first_row, all_image, all_text, counts = 0, image, text, [len(image)]
     if not is_alone:
-        first_row = dist.get_rank(group) * len(image)
-        pair = torch.stack((image, text))
+        counts *= dist.get_world_size(group)
+        if is_uneven:
+            own = torch.tensor(len(image), device=image.device)
+            counts = _gather_tensor(own, group).tolist()
+        first_row, most = sum(counts[: dist.get_rank(group)]), max(counts)
+        pair = torch.stack([_pad_rows(side, most) for side in (image, text)])
         both: Tensor = _Gather.apply(pair, group)  # type: ignore[no-untyped-call]
-        all_image, all_text = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)
-        captions = None if captions is None else _gather_tensor(captions, group).flatten(0, 1)
+        all_image, all_text = (_join_rows(both[:, side], counts) for side in (0, 1))
+        captions = None if captions is None else _gather_rows(captions, counts, group)
     mine = slice(first_row, first_row + len(image))
     if captions is None:
         captions = torch.arange(len(all_image), device=image.device)[:, None]
@@ -100,15 +106,19 @@ def pair_terms(
             compute = partial(_sigmoid_terms, matches)
         sides = image, text, all_image, all_text
         terms = LossTerms(*_Blockwise.apply(compute, *sides, *scalars))  # type: ignore[no-untyped-call]
+        if is_uneven:  # so that a mean over ranks is one over rows
+            weight = len(image) * len(counts) / len(all_image)
+            terms = LossTerms(*(weight * term for term in terms))
         if not teachers or teacher is None:
             return terms
         if not is_alone:
-            teachers = [_gather_tensor(one, group).flatten(0, 1) for one in teachers]
+            teachers = [_gather_rows(one, counts, group) for one in teachers]
         given = teachers, teacher.logit_scale, mine, image.dtype
         (rows, of_rows), (columns, of_columns) = (_teach_targets(side, *given) for side in (0, 1))
         compute = partial(_softmax_terms, matches, rows, columns)
         crossed, _, _ = _Blockwise.apply(compute, *sides, scalars[0])  # type: ignore[no-untyped-call]
         divergence = crossed - (of_rows + of_columns) / 2
+        divergence = divergence * weight if is_uneven else divergence
         return terms._replace(loss=terms.loss.lerp(divergence, teacher.weight))
 
 
@@ -118,6 +128,24 @@ def _gather_tensor(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, local, group=group)
     return torch.stack(gathered)
+
+
+def _gather_rows(local: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """[b, ...] on each rank, so many rows of each -> [B, ...] on all."""
+    return _join_rows(_gather_tensor(_pad_rows(local, max(counts)), group), counts)
+
+
+def _pad_rows(local: Tensor, most: int) -> Tensor:
+    """[b, ...] with rows of zeros up to `most`."""
+    missing = most - len(local)
+    return torch.cat([local, local.new_zeros(missing, *local.shape[1:])]) if missing else local
+
+
+def _join_rows(gathered: Tensor, counts: Sequence[int]) -> Tensor:
+    """[ranks, most, ...] -> [B, ...], without what was padded."""
+    if min(counts) == gathered.shape[1]:
+        return gathered.flatten(0, 1)
+    return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
 
 class _Gather(torch.autograd.Function):

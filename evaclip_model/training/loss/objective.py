@@ -29,7 +29,8 @@ LOGIT_SCALE = "logit_scale"
 
 
 class LossTerms(NamedTuple):
-    """An objective's figures of one step; all [] and of this rank's rows alone."""
+    """An objective's figures of one step; all [] and of this rank's rows alone, whose number they
+    are weighted by where ranks have different ones."""
 
     loss: Tensor
     """Mean over the rows, in nats."""
@@ -83,8 +84,11 @@ class Objective:
                 stage; none: without its divergence.
             is_whole_batch: these pairs are all, whatever ranks there are.
         """
+        from torch import distributed as dist
+
         from evaclip_model.training.loss.contrastive import pair_terms
 
+        ranks = dist.get_world_size() if dist.is_initialized() and not is_whole_batch else 1
         return pair_terms(
             image,
             text,
@@ -95,6 +99,7 @@ class Objective:
             teachers=teachers,
             teacher=self._config.teacher,
             is_whole_batch=is_whole_batch,
+            is_uneven=self._config.global_batch % ranks > 0,
         )
 
     def gpu_bytes(self, rows: int, columns: int) -> float:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
+import pytest
 from hypothesis import given, strategies as some
 
+from tasks.dataset import choose
 from tasks.dataset.choose import _find_later, _later_looks
+from tasks.index.perceptual_hash import near_pairs
 
 
 @given(some.lists(some.sets(some.integers(0, 12), max_size=2), max_size=40))
@@ -32,5 +37,30 @@ def test_a_row_goes_when_it_looks_like_an_earlier_one_that_stays(
     for row in candidates:
         if all((hashes[row] ^ hashes[other]).bit_count() > most for other in stay):
             stay.append(row)
-    gone = _later_looks(looks, most, np.array(candidates, dtype=np.int64))
-    assert gone.tolist() == [row for row in candidates if row not in stay]
+    for least in (choose.PAIRED_AT_LEAST, 1):  # all at once, and half by half
+        with (
+            mock.patch.object(choose, "PAIRED_AT_LEAST", least),
+            mock.patch.object(choose, "is_crowded", return_value=True),
+        ):
+            gone = _later_looks(looks, most, np.array(candidates, dtype=np.int64))
+        assert gone.tolist() == [row for row in candidates if row not in stay]
+
+
+def test_pairs_of_a_crowd_that_looks_alike_are_not_all_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = np.random.default_rng(0).integers(0, 2**63, 20_000, dtype=np.uint64)
+    crowd = np.arange(0, 20_000, 5)
+    first, second = np.random.default_rng(1).integers(0, 64, (2, len(crowd)), dtype=np.uint64)
+    looks[crowd] = looks[0] ^ (np.uint64(1) << first) ^ (np.uint64(1) << second)
+    held = []
+
+    def count_pairs(hashes: np.ndarray, most: int) -> np.ndarray:
+        pairs = near_pairs(hashes, most)
+        held.append(len(pairs))
+        return pairs
+
+    monkeypatch.setattr(choose, "near_pairs", count_pairs)
+    gone = _later_looks(looks, 4, np.arange(20_000))
+    assert gone.tolist() == crowd[1:].tolist()
+    assert max(held) < 200_000  # of 8 million

@@ -15,7 +15,6 @@ from tasks.process.launch import (
     count_gpus,
     deepspeed_command,
     default_ranks,
-    default_read_workers,
     external_command,
     rank_environment,
     read_hostfile,
@@ -254,11 +253,10 @@ def test_cores_are_shared_out_and_ranks_stay_on_loopback():
 
 
 @pytest.mark.parametrize(
-    ("cores", "gpus", "lanes", "ranks"),
-    [(1, 0, 16, 1), (2, 0, 16, 2), (64, 0, 16, 2), (4, 1, 16, 1), (4, 8, 16, 8), (8, 7, 16, 4)],
+    ("cores", "gpus", "ranks"), [(1, 0, 1), (2, 0, 2), (64, 0, 2), (4, 1, 1), (4, 8, 8), (8, 7, 7)]
 )
-def test_ranks_nobody_chose_follow_the_machine(cores, gpus, lanes, ranks):
-    assert default_ranks(cores, gpus, lanes) == ranks
+def test_ranks_nobody_chose_follow_the_machine(cores, gpus, ranks):
+    assert default_ranks(cores, gpus) == ranks
 
 
 def test_gpus_are_counted_as_they_are_visible(tmp_path):
@@ -268,11 +266,3 @@ def test_gpus_are_counted_as_they_are_visible(tmp_path):
     assert count_gpus("0", tmp_path) == 1
     assert count_gpus("", tmp_path) == 0
     assert count_gpus("-1", tmp_path) == 0
-
-
-@pytest.mark.parametrize(
-    ("cores", "ranks", "gpus", "workers"),
-    [(64, 8, 8, 7), (4, 4, 4, 0), (2, 4, 4, 0), (64, 2, 0, 0)],
-)
-def test_reading_processes_get_the_cores_that_gpus_leave(cores, ranks, gpus, workers):
-    assert default_read_workers(cores, ranks, gpus) == workers
