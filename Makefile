@@ -125,6 +125,9 @@ bench-captions: $(VENV)/.dev ## further captions joined to an index; CAPTIONS=20
 bench-dataset: $(VENV)/.dev ## dataset versions by thresholds, lists of uids and semantic duplicates among SAMPLES made-up samples (1,000,000: 10 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_dataset.py $(or $(SAMPLES),1000000) $(or $(WIDTH),64)
 
+bench-scale: $(VENV)/.dev ## the law of each data stage, at up to SHARDS (200000) shards and ROWS (20000000) rows; SHARDS=20000 ROWS=2000000 for a tenth (30 min of CPU, 6 GB, 8 GB of memory)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_scale.py --shards $(or $(SHARDS),200000) --rows $(or $(ROWS),20000000) $(if $(FOLDER),--folder $(FOLDER))
+
 bench-find: $(VENV)/.dev ## find among SAMPLES (10000000) made-up features, exactly and by an index (1 h, 21 GB)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_find.py $(or $(SAMPLES),10000000)
 

@@ -45,7 +45,7 @@ TAKEN_DOWN = 1_000
 LEFT_OUT_SHARE = 0.3
 BUSY = 8_000
 """Processes that download at once: 500 machines of 16."""
-POLLS_A_SHARD = 0.01
+POLLS_A_SHARD = 0.04
 """Half-second polls for every shard that ends, at 50 of them a second: 500 machines of 1,000 URLs
 a second, 10,000 a shard."""
 MEMORY_LIMIT = "2GB"
