@@ -275,9 +275,15 @@ def _teach_targets(
 
 
 def _softmax_terms(
-    matches: _Matches, of_images: _TargetsOf, of_texts: _TargetsOf, *tensors: Tensor
+    matches: _Matches,
+    of_images: _TargetsOf,
+    of_texts: _TargetsOf,
+    image: Tensor,
+    text: Tensor,
+    all_image: Tensor,
+    all_text: Tensor,
+    scale: Tensor,
 ) -> _Computed:
-    image, text, all_image, all_text, scale = tensors
     image_loss, image_best, d_image, d_all_text = _softmax_rows(of_images, image, all_text, scale)
     text_loss, text_best, d_text, d_all_image = _softmax_rows(of_texts, text, all_image, scale)
     hits = matches.count_hits(image_best), matches.count_hits(text_best)
@@ -319,10 +325,17 @@ def _softmax_rows(
     return loss, best, d_rows, d_columns
 
 
-def _sigmoid_terms(matches: _Matches, *tensors: Tensor) -> _Computed:
+def _sigmoid_terms(
+    matches: _Matches,
+    image: Tensor,
+    text: Tensor,
+    all_image: Tensor,
+    all_text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+) -> _Computed:
     """Every pair is judged for itself, once: by the rank that has its image. The sum over all pairs
     is divided by the number of samples, not of pairs."""
-    image, text, all_image, all_text, scale, bias = tensors
     d_image, d_all_text = torch.zeros_like(image), torch.zeros_like(all_text)
     loss, d_bias = scale.new_zeros(()), scale.new_zeros(())
     for high, wide in _iterate_blocks(len(image), len(all_text)):
