@@ -225,7 +225,7 @@ _LINE = TypeAdapter(tuple[FinishedShard, list[tuple[int, int]]])
 
 
 def verdict_file(counters: Path, shard: int) -> Path:
-    """Where the maker of a shard leaves what it found, a ledger of one line."""
+    """File in which the maker of a shard leaves what it found, a ledger of one line."""
     return counters / f"{shard}.checked"
 
 

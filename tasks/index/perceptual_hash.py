@@ -104,7 +104,7 @@ class KnownHashes:
     def _find_by_band(
         self, hashes: Hashes, band: tuple[np.uint64, Hashes, Hashes]
     ) -> npt.NDArray[np.bool_]:
-        """Those among them that agree with a known one in the bits of a band, too."""
+        """Mask of those that agree with a known one in the bits of a band, too, [n]."""
         mask, keys, known = band
         result = np.zeros(len(hashes), dtype=np.bool_)
         asked = hashes & mask
