@@ -125,8 +125,15 @@ def _ask(url: str, body: Mapping[str, Any] | None, secret: str) -> Any:
     basic = base64.b64encode(secret.encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {basic}"}
     request = urllib.request.Request(url, data, headers)
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
+    for left in reversed(range(30)):
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or not left:  # SQLite is busy; Prefect's clients ask again too
+                raise
+            time.sleep(1)
+    raise AssertionError("the last try returns or raises")
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class Stack:
         request = urllib.request.Request(f"{self.api}/{path}", data, self.headers(), method=method)
         for left in reversed(range(30)):
             try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
+                with urllib.request.urlopen(request, timeout=120) as answer:
                     return json.loads(answer.read() or b"null")
             except urllib.error.HTTPError as error:
                 if error.code != 503 or not left:  # SQLite is busy; Prefect's clients ask again too
