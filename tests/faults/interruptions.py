@@ -35,6 +35,9 @@ SMALL = [
     "train.stage2.samples_seen=1280",
     "train.stage2.checkpoint_every_steps=5",
 ]
+ENDED_S = 60
+"""Time in which every process of a killed flow has ended: the supervisor's grace of a few seconds, on
+a busy machine."""
 TIMEOUT_S = 600
 KEPT = (
     *("demo", "merge", "download", "verify", "dataset"),
@@ -87,8 +90,10 @@ def play(case: Case, root: Path, reference: Path) -> bool:
         flow.wait(TIMEOUT_S)
     else:
         flow.wait()
-    time.sleep(8)  # the supervisor's grace
-    left_over = len(processes_of(root))
+    over = time.monotonic() + ENDED_S
+    while (left := processes_of(root)) and time.monotonic() < over:
+        time.sleep(1)
+    left_over = len(left)
     before = manifests(root)
     run_to_end(root)
     made_twice = sum(manifests(root)[path] != text for path, text in before.items())
