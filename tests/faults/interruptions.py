@@ -36,8 +36,8 @@ SMALL = [
     "train.stage2.checkpoint_every_steps=5",
 ]
 ENDED_S = 60
-"""Time in which every process of a killed flow has ended: the supervisor's grace of a few seconds, on
-a busy machine."""
+"""Time in which all processes of a killed flow have ended: the supervisor's grace, on a busy
+machine."""
 TIMEOUT_S = 600
 KEPT = (
     *("demo", "merge", "download", "verify", "dataset"),
