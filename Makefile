@@ -122,7 +122,7 @@ bench-trace: $(VENV)/.dev ## trace and takedown on an index of ten million sampl
 bench-captions: $(VENV)/.dev ## further captions joined to an index; CAPTIONS=20000000 for 20 million (1 min, 0.4 GB a million)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_captions.py $(or $(CAPTIONS),1000000)
 
-bench-dataset: $(VENV)/.dev ## dataset versions by thresholds, lists of uids and semantic duplicates among SAMPLES made-up samples (1,000,000: 10 min)
+bench-dataset: $(VENV)/.dev ## dataset versions by thresholds, lists of uids and semantic duplicates among SAMPLES made-up samples (1,000,000: 10 min); WIDTH=0 for scores and uids alone
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_dataset.py $(or $(SAMPLES),1000000) $(or $(WIDTH),64)
 
 bench-scale: $(VENV)/.dev ## the law of each data stage, at up to SHARDS (200000) shards and ROWS (20000000) rows; SHARDS=20000 ROWS=2000000 for a tenth (30 min of CPU, 6 GB, 8 GB of memory)
