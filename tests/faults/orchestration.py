@@ -20,7 +20,6 @@ import statistics
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,21 +299,12 @@ def play_outage(scene: Scene, undisturbed: Mapping[str, Any]) -> bool:
     return state == "COMPLETED" and stored == written and scene.outcome() == undisturbed
 
 
-def ask_mlflow(site: Site, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    """MLflow's answer."""
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{site.mlflow}/api/2.0/mlflow/{path}", data, headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
-
-
 def runs_where(site: Site, condition: str) -> list[Any]:
     """MLflow's runs of all experiments, the newest first."""
-    found = ask_mlflow(site, "experiments/search", {"max_results": 100})["experiments"]
+    found = site.ask_mlflow("experiments/search", {"max_results": 100})["experiments"]
     experiments = [experiment["experiment_id"] for experiment in found]
     body = {"experiment_ids": experiments, "filter": condition, "order_by": ["start_time DESC"]}
-    return list(ask_mlflow(site, "runs/search", body).get("runs", []))
+    return list(site.ask_mlflow("runs/search", body).get("runs", []))
 
 
 def tracked(site: Site, run_id: str) -> set[str]:
@@ -333,7 +323,7 @@ def stored_losses(site: Site, run_id: str) -> list[float]:
     )
     stage_id = stage["info"]["run_id"]
     query = f"metrics/get-history?run_id={stage_id}&metric_key=loss&max_results=10000"
-    history = ask_mlflow(site, query)["metrics"]
+    history = site.ask_mlflow(query)["metrics"]
     return [metric["value"] for metric in sorted(history, key=lambda metric: metric["step"])]
 
 
