@@ -73,7 +73,17 @@ def show(recipe: RecipeName, overrides: Overrides) -> None:
 
 
 def plan(
-    recipe: RecipeName, overrides: Overrides, gpus: Gpus, utilisation: Utilisation = None
+    recipe: RecipeName,
+    overrides: Overrides,
+    gpus: Gpus,
+    utilisation: Utilisation = None,
+    machines: Annotated[
+        str,
+        Option(
+            metavar="50x64@2.7",
+            help="plan data stages on so many machines, of so many cores, @ the price of an hour",
+        ),
+    ] = "1x64",
 ) -> None:
     """Say what a run would do, what is already there, what it costs, and whether it fits here."""
     from flows.graph.graph import load_graph  # imports pyarrow, as the next ones do
@@ -84,6 +94,7 @@ def plan(
     published = [loaded.published.gpus] if loaded.published.gpus else []
     if utilisation is not None and not 0 < utilisation <= 1:
         raise InputError(f"--utilisation {utilisation:g}: expected a share above 0, at most 1")
+    workers = recipe_cost.Workers.parse_spec(machines)
     table = Table("stage", "state", "what", "digest", box=None, pad_edge=False)
     for row in make_plan(graph):
         colour = {"there": "green", "unfinished": "yellow", "to make": "white"}[row.state]
@@ -95,11 +106,12 @@ def plan(
     if recipe_cost.is_large(loaded):
         data = recipe_cost.estimate_data(loaded)
         console.print(recipe_cost.estimate_table("estimate", data))
-    for machines in map(Machines.parse_spec, gpus or published):
-        console.print(recipe_cost.training_table(loaded, machines, utilisation))
+        console.print(recipe_cost.data_table(loaded, workers))
+    for these in map(Machines.parse_spec, gpus or published):
+        console.print(recipe_cost.training_table(loaded, these, utilisation))
         for train in planned_stages(loaded):
-            if settings := recipe_cost.engine_settings(loaded, train, machines):
-                text = f"DeepSpeed for {train.name} on {machines}: {settings}"
+            if settings := recipe_cost.engine_settings(loaded, train, these):
+                text = f"DeepSpeed for {train.name} on {these}: {settings}"
                 console.print(text, soft_wrap=True)
     if (top1 := loaded.published.imagenet_top1) is not None:
         console.print(f"published: {top1:g} % top-1 on ImageNet-1K, zero-shot")

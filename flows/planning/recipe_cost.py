@@ -4,12 +4,17 @@ FLOPs and memory themselves (evaclip_model/training/cost.py), how much sources g
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
 
+from pydantic import TypeAdapter
 from rich.table import Table
 
+from evaclip_model.config import Config
+from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.reading.order import Mixture, count_parts, share_of_batch
 from evaclip_model.training import cost
@@ -50,6 +55,51 @@ ADOPTED_PX = 512  # side of adopted images that a plan counts with: nobody has l
 READ_AHEAD_STEPS = 2  # steps whose pixels a rank holds: the one that is trained on, and the next
 
 
+NEW_SHARE = 0.02
+"""Of all data, what a week adds to it: a fiftieth."""
+
+
+class StageLaw(Config):
+    """The cost of a data stage, as `make bench-scale` and the other benchmarks find it: in
+    proportion to the data, up to sizes beyond a recipe's."""
+
+    stage: str
+    per: Literal["row read", "row tried", "sample", "shard"]
+    cpu_s: float
+    """Of one core, for each of them."""
+    shared_by: Literal["one core", "one machine", "machines"]
+    weekly: Literal["new", "all", "only"]
+    """What a retraining does it for; "only": for all, and nobody else does."""
+    limit: str
+    origin: str
+
+
+LAWS = TypeAdapter(tuple[StageLaw, ...]).validate_json(
+    Path(__file__).with_name("stage_laws.json").read_bytes()
+)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Equal machines for the data stages."""
+
+    count: int
+    cores: int
+    price: float | None = None
+    """Of one for an hour."""
+
+    @classmethod
+    def parse_spec(cls, text: str) -> Self:
+        """Read COUNTxCORES[@PRICE], like `50x64@2.7`."""
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:@(\d+(?:\.\d+)?))?", text.strip())
+        if found is None:
+            raise InputError(
+                f"'{text}' names no machines: write COUNTxCORES, and @PRICE of one machine's hour "
+                "where it matters, like 50x64@2.7"
+            )
+        return cls(int(found[1]), int(found[2]), None if found[3] is None else float(found[3]))
+
+
 class Line(NamedTuple):
     """One figure of an estimate; without a figure, the heading of those that follow."""
 
@@ -67,7 +117,7 @@ def estimate_data(recipe: Recipe) -> Iterator[Line]:
     reaches = source_yields(recipe)
     wanted = sum(reach.selected for reach in reaches)
     published, per_shard = recipe.published.metadata_rows, recipe.download.samples_per_shard
-    read = sum(published.get(reach.source.name, reach.wanted / SHARE_SELECTED) for reach in reaches)
+    read = _count_rows_read(recipe)
     caps = {one.name: one.target_count or 0 for one in recipe.merge.sources}
     success = {one.name: f"{one.expected_success:.0%}" for one in recipe.merge.sources}
     origin = " + ".join(f"{caps[name]:,} {name} at {success[name]} success" for name in caps)
@@ -97,6 +147,41 @@ def estimate_data(recipe: Recipe) -> Iterator[Line]:
     days = f"{wanted / (URLS_PER_MACHINE_S * MACHINES) / 86_400:,.1f} days"
     origin = f"{URLS_PER_MACHINE_S:,} URLs/s on 16 cores, img2dataset's documentation"
     yield Line(f"download on {MACHINES} machines", days, origin)
+
+
+def data_table(recipe: Recipe, workers: Workers) -> Table:
+    """Machines, hours and price of every data stage, the first time and every week of a retraining,
+    and what limits it, of a recipe whose sources all have a `target_count`."""
+    rows = sum(reach.selected for reach in source_yields(recipe))
+    amounts = {
+        "row read": _count_rows_read(recipe),
+        "row tried": rows,
+        "sample": expected_samples(recipe),
+        "shard": -(-rows // recipe.download.samples_per_shard),
+    }
+    title = f"data stages on {workers.count} machines of {workers.cores} cores, and each week of a"
+    title += f" retraining with {NEW_SHARE:.0%} more data"
+    columns = ("stage", "machines", "hours", "price", "hours a week", "limit", "from")
+    table, totals = Table(*columns, title=title, box=None, pad_edge=False), [0.0, 0.0, 0.0]
+    for law in LAWS:
+        count = workers.count if law.shared_by == "machines" else 1
+        cores = 1 if law.shared_by == "one core" else count * workers.cores
+        hours = amounts[law.per] * law.cpu_s / cores / 3600
+        weekly = hours * (NEW_SHARE if law.weekly == "new" else 1)
+        hours = 0.0 if law.weekly == "only" else hours
+        price = hours * count * (workers.price or 0)
+        totals = [a + b for a, b in zip(totals, (hours, price, weekly), strict=True)]
+        cells = (f"{hours:,.3f}", f"{price:,.0f}" if workers.price else "", f"{weekly:,.3f}")
+        table.add_row(law.stage, f"{count}", *cells, law.limit, law.origin)
+    price_said = f"{totals[1]:,.0f}" if workers.price else ""
+    table.add_row("all", "", f"{totals[0]:,.1f}", price_said, f"{totals[2]:,.1f}", style="bold")
+    return table
+
+
+def _count_rows_read(recipe: Recipe) -> float:
+    published = recipe.published.metadata_rows
+    reaches = source_yields(recipe)
+    return sum(published.get(one.source.name, one.wanted / SHARE_SELECTED) for one in reaches)
 
 
 @dataclass(frozen=True)
@@ -243,6 +328,30 @@ def _count_sources(recipe: Recipe, train: TrainConfig) -> int:
     return len(train.source_weights) or len(recipe.sources)
 
 
+def _spend_flops(model: ModelConfig, train: TrainConfig, cut: Cut) -> tuple[float, float, float]:
+    """FLOPs of a sample, forward passes again of it, and FLOPs with these."""
+    flops = cost.stage_flops_per_sample(model, train, text_tokens=cost.shown_tokens(train))
+    again = RECOMPUTED[train.grad_checkpointing] + (cut.parts - 1) / cut.parts
+    return flops, again, flops * (1 + again / 3)
+
+
+def _retraining_lines(
+    recipe: Recipe, machines: Machines, utilisation: float | None
+) -> Iterator[Line]:
+    """GPU-hours of each training stage of a retraining, where they can be known."""
+    for train in recipe.retraining_stages():
+        model = recipe.initialise.load_architecture().at_image_px(train.image_px)
+        cut, peak = cut_share(model, train, machines), cost.peak_flops(machines.gpu)
+        if not cut.fits or peak is None or train.precision == "fp32" or not train.samples_seen:
+            continue
+        which = "half of the patches masked" if train.patch_dropout > 0 else "whole images"
+        rate = peak * (utilisation or TABLE_6_SHARE[which]) / _spend_flops(model, train, cut)[2]
+        hours = train.samples_seen / rate / 3600
+        price = f", price {hours * machines.price:,.0f}" if machines.price is not None else ""
+        figure = f"{hours / machines.count:,.1f} h, {hours:,.0f} GPU-hours{price}"
+        yield Line(f"a retraining's {train.name}", figure, f"{train.samples_seen:,} samples")
+
+
 def _time_lines(
     recipe: Recipe,
     model: ModelConfig,
@@ -251,9 +360,7 @@ def _time_lines(
     cut: Cut,
     utilisation: float | None,
 ) -> Iterator[Line]:
-    flops = cost.stage_flops_per_sample(model, train, text_tokens=cost.shown_tokens(train))
-    again = RECOMPUTED[train.grad_checkpointing] + (cut.parts - 1) / cut.parts
-    spent = flops * (1 + again / 3)
+    flops, again, spent = _spend_flops(model, train, cut)
     yield Line(
         "FLOPs of a sample",
         f"{flops / 1e9:,.0f} G, {spent / 1e9:,.0f} G with what is computed again",
@@ -313,6 +420,7 @@ def training_table(recipe: Recipe, machines: Machines, utilisation: float | None
     for train in planned_stages(recipe):
         lines.append(Line(train.name, "", ""))
         lines += estimate_stage(recipe, train, machines, utilisation)
+    lines += _retraining_lines(recipe, machines, utilisation)
     lines += [Line(*one, "published, not run here") for one in recipe.published.others.items()]
     return estimate_table(f"training on {machines}", lines)
 

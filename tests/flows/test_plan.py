@@ -19,11 +19,14 @@ from flows.planning.recipe_cost import (
     READ_PER_PROCESS_S,
     RECOMPUTED,
     TABLE_6_SHARE,
+    Workers,
     cut_share,
+    data_table,
     engine_settings,
     estimate_data,
     estimate_stage,
     is_large,
+    training_table,
 )
 from flows.planning.run_plan import make_plan
 from tests.flows.test_recipe_values import NOT_THE_PAPERS
@@ -107,6 +110,33 @@ def test_any_number_of_gpus_shares_a_batch_and_is_fed(name: str, machines: str, 
     settings = json.loads(engine_settings(recipe, recipe.train[0], Machines.parse_spec(machines)))
     count = Machines.parse_spec(machines).count
     assert settings["train_batch_size"] == settings["train_micro_batch_size_per_gpu"] * count
+
+
+def test_data_stages_are_planned_by_their_laws_on_any_machines() -> None:
+    recipe = load_recipe("eva02-clip-e-14-plus")
+    one, many = (
+        {row[0]: row[1:] for row in zip(*(column.cells for column in table.columns), strict=True)}
+        for table in (data_table(recipe, Workers.parse_spec(spec)) for spec in ("1x64", "50x64@2"))
+    )
+    hours = {
+        stage: (float(one[stage][1]), float(many[stage][1])) for stage in one if stage != "all"
+    }
+    assert hours["download"][0] == pytest.approx(50 * hours["download"][1], rel=0.01)
+    assert hours["verify"][0] == hours["verify"][1], "processes of one machine"
+    assert one["download"][2] == "" and float(many["download"][2]) > 0
+    assert hours["join"] == (0, 0) and float(one["join"][3]) > 0, "only a retraining joins"
+    assert float(one["all"][3]) < float(one["all"][1].replace(",", "")) / 4
+    for wrong in ("64", "0x64", "2x", "2x64@"):
+        with pytest.raises(InputError, match=f"'{wrong}' names no machines"):
+            Workers.parse_spec(wrong)
+
+
+def test_a_retrainings_hours_are_those_of_its_own_samples() -> None:
+    recipe = load_recipe("eva02-clip-b-16", ["retrain.samples_seen=1310720000"])
+    lines = training_table(recipe, Machines.parse_spec("64xA100-40GB@2"), None)
+    rows = dict(zip(lines.columns[0].cells, lines.columns[1].cells, strict=True))
+    (figure,) = (rows[name] for name in rows if str(name).startswith("a retraining's"))
+    assert re.search(r"[\d.]+ h, [\d,]+ GPU-hours, price [\d,]+", str(figure))
 
 
 def test_more_gpus_than_pairs_are_refused() -> None:
