@@ -47,7 +47,8 @@ def test_a_papers_recipe_on_a_laptop_is_told_everything_that_is_in_the_way(tmp_p
     ("gpus", "level", "told"),
     [
         ("64xA100-40GB", "ok", "GiB on 64 x A100 40 GB"),
-        ("48xA100-40GB", "fail", "48 x A100 40 GB cannot share batches of 131,072"),
+        ("48xA100-40GB", "ok", "GiB on 48 x A100 40 GB"),  # 131,072 is no multiple of 48
+        ("200000xA100-40GB", "fail", "200000 x A100 40 GB cannot share batches of 131,072"),
     ],
 )
 def test_gpus_that_are_given_are_looked_at_instead_of_this_machines(
