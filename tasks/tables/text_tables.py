@@ -150,14 +150,12 @@ def _iterate_json(path: str) -> Iterator[_Line]:
     with _open_text(path) as reader:
         try:
             head = reader.peek(1 << 16).removeprefix(_BOM).lstrip()
-            if not _is_document(path, head):
-                yield from _iterate_lines(path)
-                return
-            content = reader.read(MAX_JSON_BYTES + 1)
-        except InputError:
-            raise
+            content = reader.read(MAX_JSON_BYTES + 1) if _is_document(path, head) else None
         except Exception as error:
             raise _torn(path, error) from None
+        if content is None:
+            yield from _read_lines(path, reader)
+            return
     if len(content) > MAX_JSON_BYTES:
         raise InputError(f"{path} has more than {MAX_JSON_BYTES >> 20} MiB: write a row a line")
     try:
@@ -188,28 +186,32 @@ def _is_document(path: str, head: bytes) -> bool:
 
 def _iterate_lines(path: str) -> Iterator[_Line]:
     """(number, text without its end, what is wrong with it) of every line that is not empty."""
-    limit = MAX_LINE_BYTES + 8  # with the marks at its ends
     with _open_text(path) as reader:
-        for number in count(1):
+        yield from _read_lines(path, reader)
+
+
+def _read_lines(path: str, reader: io.BufferedReader) -> Iterator[_Line]:
+    limit = MAX_LINE_BYTES + 8  # with the marks at its ends
+    for number in count(1):
+        try:
+            line = rest = reader.readline(limit)
+            while len(rest) == limit and not rest.endswith(b"\n"):
+                rest = reader.readline(limit)  # it is too long whatever follows
+        except Exception as error:
+            raise _torn(path, error) from None
+        if not line:
+            return
+        if number == 1 and line.startswith(_UTF16):
+            raise InputError(f"{path} is UTF-16: save it as UTF-8")
+        content = line.removeprefix(_BOM) if number == 1 else line
+        content = content.removesuffix(b"\n").removesuffix(b"\r")
+        if len(content) > MAX_LINE_BYTES:
+            yield number, "", LineFlaw.TOO_LONG
+        elif content:
             try:
-                line = rest = reader.readline(limit)
-                while len(rest) == limit and not rest.endswith(b"\n"):
-                    rest = reader.readline(limit)  # it is too long whatever follows
-            except Exception as error:
-                raise _torn(path, error) from None
-            if not line:
-                return
-            if number == 1 and line.startswith(_UTF16):
-                raise InputError(f"{path} is UTF-16: save it as UTF-8")
-            content = line.removeprefix(_BOM) if number == 1 else line
-            content = content.removesuffix(b"\n").removesuffix(b"\r")
-            if len(content) > MAX_LINE_BYTES:
-                yield number, "", LineFlaw.TOO_LONG
-            elif content:
-                try:
-                    yield number, content.decode(), None
-                except UnicodeDecodeError:
-                    yield number, "", LineFlaw.NOT_UTF8
+                yield number, content.decode(), None
+            except UnicodeDecodeError:
+                yield number, "", LineFlaw.NOT_UTF8
 
 
 def _csv_rows(path: str, quoting: Quoting) -> Iterator[tuple[int, list[str], LineFlaw | None]]:
