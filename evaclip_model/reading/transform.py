@@ -111,7 +111,12 @@ def centre_crop(image: Image.Image, size: int) -> Tensor:
 
 
 def train_crop(
-    image: Picture, size: int, *, seed: int, position: int, scale: tuple[float, float] = CROP_SCALE
+    picture: Picture,
+    size: int,
+    *,
+    seed: int,
+    position: int,
+    scale: tuple[float, float] = CROP_SCALE,
 ) -> Tensor:
     """A random part of the image, resized: the only augmentation EVA-CLIP trains with.
 
@@ -122,14 +127,14 @@ def train_crop(
 
     Returns: [3, S, S] uint8, in any layout.
     """
-    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+    width, height = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
     key = cast(np.random.SeedSequence, _Key((seed % 2**64, position)))  # numpy's types are narrower
     draw = SeededDraw(np.random.Generator(np.random.Philox(key)))
     left, top, right, bottom = box = crop_box(width, height, draw, scale)
-    if isinstance(image, Image.Image):
-        return resized_crop(image, box, size)
+    if isinstance(picture, Image.Image):
+        return resized_crop(picture, box, size)
     # As [1, 3, H, W] with the channels last in memory: torch's fastest way, in and out.
-    part = torch.from_numpy(image[top:bottom, left:right])[None].permute(0, 3, 1, 2)
+    part = torch.from_numpy(picture[top:bottom, left:right])[None].permute(0, 3, 1, 2)
     return interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
 
 
