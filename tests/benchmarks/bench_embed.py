@@ -3,6 +3,7 @@
 Ours is the stage `embed` with EVA02-CLIP-B-16, theirs clip-retrieval's worker with open_clip's
 ViT-B-16, which has as many parameters: each a process of its own on one core, in turns, once on a
 few images and once on more; what the further ones cost counts, so that no start is in the figures.
+Ours runs in fp32, as theirs, and in bf16, which theirs does not do on a CPU.
 Shards hold whole chunks of 64, to which ours pads. Then ours is killed in a shard and goes on, and
 two ranks share the shards: the same bytes (not with `--shards 1`, for a busy machine).
 
@@ -22,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -32,6 +35,7 @@ import webdataset
 from PIL import Image
 
 from evaclip_model import create_model, save_model
+from evaclip_model.choices import Precision
 from evaclip_model.zeroshot.encode_chunks import IMAGE_CHUNK
 from tasks.artifacts.artifact import Address, produce_artifact
 from tasks.progress import report_nothing
@@ -47,9 +51,9 @@ from pathlib import Path
 from tasks.embed.config import EmbedConfig
 from tasks.embed.embed import embed_samples
 from tasks.progress import report_nothing
-model, verified, out, ranks = sys.argv[1:]
-embed_samples(EmbedConfig(models=(model,)), "ours", model, Path(verified), Path(out),
-              report_nothing, ranks=int(ranks))
+model, verified, out, ranks, precision = sys.argv[1:]
+embed_samples(EmbedConfig(models=(model,), precision=precision), "ours", model, Path(verified),
+              Path(out), report_nothing, ranks=int(ranks))
 """
 ONE_CORE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -71,7 +75,8 @@ def main() -> None:
             if count % (IMAGE_CHUNK * options.shards):
                 sys.exit(f"--images {count}: not whole chunks of {IMAGE_CHUNK} in every shard")
             write_shards(folder / str(count), options.shards, count // options.shards)
-        contenders = {"embed": ours}
+        contenders: dict[str, Callable[..., list[str]]]
+        contenders = {"embed, fp32": ours, "embed, bf16": partial(ours, precision="bf16")}
         if options.peer:
             contenders = {"clip-retrieval": theirs, **contenders}
         spent: dict[str, list[float]] = {name: [] for name in contenders}
@@ -79,7 +84,7 @@ def main() -> None:
             for name, command in contenders.items():
                 used = []
                 for count in (few, more):
-                    out = folder / f"out-{name[:4]}-{number}-{count}"
+                    out = folder / f"out-{list(contenders).index(name)}-{number}-{count}"
                     used.append(cpu_of(command(folder, folder / str(count), out, options.peer)))
                 spent[name].append((more - few) / (used[1] - used[0]))
                 print(f"round {number + 1}, {name}: {spent[name][-1]:.3f} images/CPU s", flush=True)
@@ -111,10 +116,18 @@ def write_shards(folder: Path, shards: int, samples: int) -> None:
     produce_artifact(address, lambda out: verify_shards(config, downloaded, out, 1, report_nothing))
 
 
-def ours(folder: Path, shards: Path, out: Path, _: str = "", ranks: int = 1) -> list[str]:
+def ours(
+    folder: Path,
+    shards: Path,
+    out: Path,
+    _: str = "",
+    *,
+    ranks: int = 1,
+    precision: Precision = "fp32",
+) -> list[str]:
     out.mkdir(exist_ok=True)
     (verified,) = (shards / "runs" / "verify").iterdir()
-    words = [str(folder / "ours"), str(verified), str(out), str(ranks)]
+    words = [str(folder / "ours"), str(verified), str(out), str(ranks), precision]
     return [sys.executable, "-c", PROGRAM, *words]
 
 
@@ -157,9 +170,9 @@ def report(spent: dict[str, list[float]], options: argparse.Namespace) -> None:
     print("| by | images with captions a CPU second |\n|---|---|")
     for name, speeds in spent.items():
         print(f"| {name} | {mean(speeds):.3f} ({min(speeds):.3f} to {max(speeds):.3f}) |")
-    if options.peer:
-        times = mean(spent["embed"]) / mean(spent["clip-retrieval"])
-        print(f"\n{times:.2f} times as fast")
+    if theirs_took := spent.pop("clip-retrieval", []):
+        for name, speeds in spent.items():
+            print(f"{name}: {mean(speeds) / mean(theirs_took):.2f} times as fast")
 
 
 def require_same_bytes(folder: Path, shards: Path) -> None:

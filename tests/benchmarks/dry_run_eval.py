@@ -3,7 +3,8 @@
     python tests/benchmarks/dry_run_eval.py [FOLDER]
 
 Covers: every set with its real number of classes and prompts and made-up images, two tiny models,
-the flow as people start it (`python -m flows score`), a repeat from its caches, a set that fails.
+the flow as people start it (`python -m flows score`), a repeat from its caches, a set that fails,
+the same digits from 16 ranks of two hosts (network namespaces) that an own command starts.
 Not here: real images, so no figure means anything; the model is tiny, its file only bears the name
 of a released one, so that the report compares it with the paper. Prints what was checked and how
 long it took, and ends with status 1 when anything is missing.
@@ -35,6 +36,17 @@ from tests.tasks.evaluate.all_sets import write_all_sets
 ARCHITECTURE = "EVA02-CLIP-demo"
 RELEASED_NAME = "EVA02_CLIP_B_psz16_s8B.pt"
 TIMEOUT_S = 3600.0
+HOST = """
+for place in 0 1 2 3 4 5 6 7; do
+    RANK=$(($1 * 8 + place)) WORLD_SIZE=16 "$2" -m "$3" "$4" & ranks="$ranks $!"
+done
+for rank in $ranks; do wait $rank || exit; done
+"""
+"""Runs eight ranks; it gets the number of the host, Python, the module and the job."""
+TWO_HOSTS = """
+unshare --map-root-user --net sh "$1" 0 "$2" "$3" "$4" & first=$!
+unshare --map-root-user --net sh "$1" 1 "$2" "$3" "$4" && wait $first
+"""
 LARGEST_PAGE = 6_000_000
 PARTS = (
     *("figures", "paper", "averages", "compute", "models", "sets"),
@@ -71,6 +83,7 @@ def main(folder: Path) -> int:
         *_tracking(folder),
         Check("a repeat finds it finished", again.status == 0 and made == _made(folder)),
         *_damaged(folder, models),
+        *_over_two_hosts(folder, models, made),
     ]
     for one in checks:
         print(f"{'ok ' if one.holds else 'NOT'} {one.what:<48} {one.found}")
@@ -88,7 +101,9 @@ def _models(folder: Path) -> list[str]:
     return [f"candidate={weights}:{ARCHITECTURE}", f"champion={folder / 'champion'}"]
 
 
-def _score(folder: Path, models: Sequence[str], sets: str = "sets") -> Ended:
+def _score(
+    folder: Path, models: Sequence[str], sets: str = "sets", root: str = "runs", **settings: str
+) -> Ended:
     """`python -m flows score` with both models on all sets below `folder / sets`."""
     started = time.monotonic()
     ended = subprocess.run(
@@ -97,7 +112,7 @@ def _score(folder: Path, models: Sequence[str], sets: str = "sets") -> Ended:
             *("--data", str(folder / sets), "--sets", "paper"),
         ],
         cwd=CHECKOUT,
-        env=environment(folder / "runs"),
+        env=environment(folder / root, **settings),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -114,9 +129,9 @@ def _timed(folder: Path, models: Sequence[str]) -> tuple[Ended, float]:
     return ended, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def _made(folder: Path) -> Path:
+def _made(folder: Path, root: str = "runs") -> Path:
     """The evaluation that is finished."""
-    (manifest,) = (folder / "runs" / "evaluate").glob("*/manifest.json")
+    (manifest,) = (folder / root / "evaluate").glob("*/manifest.json")
     return manifest.parent
 
 
@@ -195,6 +210,23 @@ def _damaged(folder: Path, models: Sequence[str]) -> list[Check]:
         Check("the average is refused", refused in page),
         Check("an average without it stands", "95 % interval" in page and "Table 1b" in page),
     ]
+
+
+def _over_two_hosts(folder: Path, models: Sequence[str], made: Path) -> list[Check]:
+    """Everything once more, encoded by 16 ranks, eight on each of two hosts."""
+    (folder / "host.sh").write_text(HOST)
+    (folder / "two_hosts.sh").write_text(TWO_HOSTS)
+    command = ("sh", folder / "two_hosts.sh", folder / "host.sh", sys.executable)
+    settings = {"EVACLIP_LAUNCHER": "external", "EVACLIP_RANKS": "8", "EVACLIP_NODES": "2"}
+    settings["EVACLIP_SUBMIT_COMMAND"] = f"{' '.join(map(str, command))} {{module}} {{job}}"
+    ended = _score(folder, models, root="runs-of-two-hosts", **settings)
+    holds, found = False, ended.errors[-500:]
+    if ended.status == 0:
+        again = _made(folder, "runs-of-two-hosts")
+        one, other = (json.loads((at / "results.json").read_text()) for at in (made, again))
+        parts = ("results", "averages", "paired")
+        holds, found = all(one[key] == other[key] for key in parts), f"{ended.seconds:.0f} s"
+    return [Check("16 ranks of two hosts give the same digits", holds, found)]
 
 
 if __name__ == "__main__":
