@@ -74,8 +74,8 @@ pictures: $(VENV)/.browser ## the same, and what was on the screen, reports too,
 test-crash-table: $(VENV)/.dev ## kill, cancel and cut off a training that a worker runs, in every way; what Prefect and MLflow show (20 min)
 	@PYTHONPATH=. $(PY) tests/faults/orchestration.py
 
-test-launch: $(VENV)/.dev ## kill -9 of every launcher, preempted Slurm jobs, ranks that embed, MLflow away for a while (6 min)
-	@$(PY) -m pytest -m slow tests/tasks/train tests/tasks/lineage tests/tasks/embed
+test-launch: $(VENV)/.dev ## kill -9 of every launcher, preempted Slurm jobs, ranks that verify and embed, MLflow away for a while (6 min)
+	@$(PY) -m pytest -m slow tests/tasks/train tests/tasks/lineage tests/tasks/verify tests/tasks/embed
 
 test-retrain: $(VENV)/.dev ## three weeks of retraining with kill -9, link rot, a takedown and a bad week; by rising noise that the champion takes out; approval by a person (8 min)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/flows/test_retrain.py tests/flows/test_flywheel.py tests/flows/test_approval.py

@@ -22,12 +22,20 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """A path that begins so is a URL whose double slash became one when it was read as a path."""
 
 
+_READ = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, populate_by_name=True)
+
+
+class VerifyLaunch(BaseSettings, RankLaunch):
+    """What starts the processes that verify; unset: as many as this machine has cores."""
+
+    PREFIX = "EVACLIP_VERIFY_"
+    model_config = _READ | SettingsConfigDict(env_prefix=PREFIX)
+
+
 class Profile(BaseSettings, Launch):
     """Storage, servers and machines of this run; the inherited `Launch` starts training."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="EVACLIP_", env_file=".env", extra="ignore", frozen=True, populate_by_name=True
-    )
+    model_config = _READ | SettingsConfigDict(env_prefix=Launch.PREFIX)
 
     root: Path = Path("runs")
     """Folder of all artifacts; also of the embedded servers' databases."""
@@ -59,6 +67,8 @@ class Profile(BaseSettings, Launch):
     """Decoding threads of each; unset: the cores that its GPU leaves."""
     evaluate_cache_gb: float = Field(20.0, ge=0)
     """Most that features of evaluations take under `root`, in GB."""
+
+    verify_launch: VerifyLaunch = Field(default_factory=VerifyLaunch)
 
     registry_copy_gb: float = Field(COPIED.above_gb, ge=0)
     """Weights of more GB are not copied into the registry: it gets where they are, and which."""
@@ -108,12 +118,13 @@ def load_profile() -> Profile:
     try:
         profile = Profile()
     except ValidationError as error:
+        read = VerifyLaunch if error.title == VerifyLaunch.__name__ else Profile
         where = error.errors()[0]["loc"]
         if not where:  # settings that do not fit each other name themselves
-            raise InputError(explain_error(Profile, error)) from None
+            raise InputError(explain_error(read, error)) from None
         field = str(where[0])
-        name = field if field.isupper() else f"EVACLIP_{field.upper()}"
-        wrong = explain_error(Profile, error).replace(f"'{field}'", name, 1)
+        name = field if field.isupper() else f"{read.PREFIX}{field.upper()}"
+        wrong = explain_error(read, error).replace(f"'{field}'", name, 1)
         raise InputError(f"environment setting {wrong}") from None
     if URL.match(str(profile.root)):
         raise InputError(

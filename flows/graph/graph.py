@@ -335,10 +335,12 @@ def adopt_step(
 def verify_step(
     site: Site, config: VerifyConfig, downloaded: Parent, role: str = Role.DOWNLOAD
 ) -> Step:
-    def make(_: Profile, out: Path, report: Report) -> Made:
+    def make(profile: Profile, out: Path, report: Report) -> Made:
         from tasks.verify.verify import verify_shards
 
-        return verify_shards(config, downloaded.folder, out, len(sched_getaffinity(0)), report)
+        launch = profile.verify_launch
+        processes = launch.ranks or len(sched_getaffinity(0))
+        return verify_shards(config, downloaded.folder, out, processes, report, launch)
 
     what, inputs = "every shard opened, every image decoded", {role: downloaded}
     record = Record({"downloaded": downloaded})

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.samples import SHARDS
 from evaclip_model.reading.teacher_features import file_sizes, stream_file
@@ -25,14 +24,12 @@ from tasks.artifacts.artifact import Made
 from tasks.embed.config import FEATURES, EmbedConfig
 from tasks.embed.embed_shard import EmbedJob, usable_rows
 from tasks.index.sample_index import CHECKED, SampleIndex, ShardVerdict, link_or_copy, read_verdicts
-from tasks.process.launch import RankLaunch, RankState, run_ranks
+from tasks.process.launch import RankLaunch, RankState, iterate_starts, run_ranks
 from tasks.progress import Report, format_duration
 
 REPORT = "report.json"
 BINS = 40
 """Of the histogram of similarities, from -1 to 1."""
-MAX_IDLE_STARTS = 2
-"""Times in a row that ranks may end without another file before the stage fails."""
 
 
 def embed_samples(
@@ -66,12 +63,7 @@ def embed_samples(
     folder, total = out / FEATURES, sum(sizes.values())
     folder.mkdir(parents=True, exist_ok=True)
     _take_over(known, used, SampleIndex(data), folder)
-    idle, before = 0, -1
-    while missing := sorted(set(sizes) - _list_finished(folder)):
-        idle = idle + 1 if len(missing) == before else 0
-        if idle > MAX_IDLE_STARTS:
-            raise InputError(f"the ranks ended {idle} times without another file; see {out}/*.log")
-        before = len(missing)
+    for missing in iterate_starts(lambda: sorted(set(sizes) - _list_finished(folder)), len, out):
         job = EmbedJob(
             model=model,
             precision=config.precision,
@@ -87,7 +79,7 @@ def embed_samples(
         reads = (data.resolve(), Path(model).resolve())
         run_ranks(
             *("tasks.embed.embed_shard", job, out / "job.json", min(ranks, len(missing))),
-            *(progress.look, launch, reads),
+            *(progress.look, launch, reads, device != "cpu"),
         )
     if stream:
         return Made({"samples": total}, (), tuple(stream_file(folder, number) for number in sizes))

@@ -99,6 +99,8 @@ class Program(NamedTuple):
     """What must be mounted besides the job's folder."""
     over: str = ""
     """A shell's condition that the work is over."""
+    on_gpus: bool = True
+    """Whether a rank needs a GPU."""
 
 
 def job_script(template: Path, program: Program, *, ranks: int, nodes: int) -> str:
@@ -115,6 +117,7 @@ def job_script(template: Path, program: Program, *, ranks: int, nodes: int) -> s
         "log": str(program.log),
         "python": sys.executable,
         "ranks": ranks,
+        "gpus": ranks if program.on_gpus else 0,
         "nodes": nodes,
     }
     strict = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)

@@ -15,21 +15,21 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import TimeoutExpired
-from typing import Literal, Self, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from evaclip_model.config import Config
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, escape_control
 from evaclip_model.files import write_atomically
 from evaclip_model.ports import find_free_port
 from evaclip_model.training.config import RANK_STORE
 from evaclip_model.training.worker import place_from_slurm
-from tasks.process.child import run_supervised, start_supervised
+from tasks.process.child import refuse_full_disk, run_supervised, start_supervised
 from tasks.process.cluster import CLUSTERS, Program, job_name, job_script
 
 WORKER = "evaclip_model.training.worker"
@@ -48,11 +48,17 @@ LAUNCHED_GRACE_S = 20.0
 """For the launcher to end ranks elsewhere."""
 POLL_S, LAUNCHED_POLL_S = 0.2, 2.0
 LOG = "ranks.log"
+MAX_IDLE_STARTS = 2
+"""Times in a row that ranks may end without another file before their stage fails."""
+_LOG_TAIL = 1500
+"""Bytes of a log that say why."""
 
 
 class RankLaunch(Config):
-    """Settings of starting ranks; the field `x` is read from the environment as `EVACLIP_X`."""
+    """Settings of starting ranks; the field `x` is read from the environment as `EVACLIP_X`, or
+    what else the class has for a prefix."""
 
+    PREFIX: ClassVar[str] = "EVACLIP_"
     launcher: Launcher = "auto"
     """What starts ranks. auto: plain processes, or torchrun for several that train; deepspeed: its
     launcher over the machines of `hostfile`; slurm, kubernetes: a job from `job_template`,
@@ -85,25 +91,26 @@ class RankLaunch(Config):
 
     @model_validator(mode="after")
     def _fits_the_launcher(self) -> Self:
-        many, chosen = self.nodes > 1, f"EVACLIP_LAUNCHER={self.launcher}"
+        of, many = self.PREFIX, self.nodes > 1
+        chosen = f"{of}LAUNCHER={self.launcher}"
         wrong = None
         match self.launcher:
             case "auto" if many:
-                wrong = "EVACLIP_NODES is above 1: say what starts them by EVACLIP_LAUNCHER"
+                wrong = f"{of}NODES is above 1: say what starts them by {of}LAUNCHER"
             case "torchrun" if many and self.rendezvous is None:
-                wrong = "EVACLIP_NODES is above 1: torchrun needs EVACLIP_RENDEZVOUS=host:port too"
+                wrong = f"{of}NODES is above 1: torchrun needs {of}RENDEZVOUS=host:port too"
             case "deepspeed" if self.hostfile is None:
-                wrong = f"{chosen} needs EVACLIP_HOSTFILE=path"
+                wrong = f"{chosen} needs {of}HOSTFILE=path"
             case "deepspeed" if self.ranks or many:
                 wrong = (
-                    f"{chosen} takes machines and processes from EVACLIP_HOSTFILE: leave "
-                    "EVACLIP_RANKS and EVACLIP_NODES unset"
+                    f"{chosen} takes machines and processes from {of}HOSTFILE: leave "
+                    f"{of}RANKS and {of}NODES unset"
                 )
             case "external" if self.submit_command is None:
-                wrong = f"{chosen} needs EVACLIP_SUBMIT_COMMAND"
+                wrong = f"{chosen} needs {of}SUBMIT_COMMAND"
             case "slurm" | "kubernetes" | "external" if not self.ranks:
                 wrong = (
-                    f"{chosen} needs EVACLIP_RANKS, the processes of each machine (one a GPU): "
+                    f"{chosen} needs {of}RANKS, the processes of each machine (one a GPU): "
                     "this machine's GPUs say nothing about the others"
                 )
         if wrong:
@@ -139,18 +146,18 @@ def start_command(launch: RankLaunch, program: Program, ranks: int) -> list[str]
             return words
         case "external":
             words = external_command(program, launch)
-            _require_program("external", words[0])
+            _require_program(launch, words[0])
             return words
         case "deepspeed":
             assert launch.hostfile is not None, "the launch's settings refuse it"
             hosts = read_hostfile(launch.hostfile)
             if len(hosts) > 1:
-                _require_program("deepspeed", "pdsh")
+                _require_program(launch, "pdsh")
             return deepspeed_command(program, launch.hostfile, hosts, find_free_port())
         case "slurm" | "kubernetes" as kind:
             cluster = CLUSTERS[kind]
             for tool in sorted(cluster.tools):
-                _require_program(kind, tool)
+                _require_program(launch, tool)
             template = launch.job_template or cluster.template
             script, name = folder / cluster.script, job_name(folder)
             text = job_script(template, program, ranks=launch.ranks, nodes=launch.nodes)
@@ -197,7 +204,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise InputError(
-            f"EVACLIP_HOSTFILE={path} cannot be read ({error.strerror}): give a file with lines "
+            f"the hostfile {path} cannot be read ({error.strerror}): give a file with lines "
             "`name slots=PROCESSES`"
         ) from None
     hosts: dict[str, int] = {}
@@ -217,11 +224,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 def external_command(program: Program, launch: RankLaunch) -> list[str]:
     """The user's own command with its places filled in; InputError: it names others, or is none."""
-    job, module = program.job, program.module
+    job, module, setting = program.job, program.module, f"{launch.PREFIX}SUBMIT_COMMAND"
     places = {"job": job, "run_dir": job.parent, "ranks": launch.ranks, "nodes": launch.nodes}
     if module != WORKER and "{module}" not in (launch.submit_command or ""):
         raise InputError(
-            f"EVACLIP_SUBMIT_COMMAND has no place {{module}}, and {module} is to be started: have "
+            f"{setting} has no place {{module}}, and {module} is to be started: have "
             "every rank run `python -m {module} {job}`, or set EVACLIP_EVALUATE_HERE=true"
         )
     try:
@@ -231,12 +238,12 @@ def external_command(program: Program, launch: RankLaunch) -> list[str]:
         ]
     except (KeyError, IndexError, ValueError) as error:
         raise InputError(
-            "EVACLIP_SUBMIT_COMMAND is not a command with the placeholders {job}, {run_dir}, "
+            f"{setting} is not a command with the placeholders {{job}}, {{run_dir}}, "
             f"{{ranks}}, {{nodes}}, {{module}} ({error}): write a brace that is meant as itself "
             "twice"
         ) from None
     if not words:
-        raise InputError("EVACLIP_SUBMIT_COMMAND is empty: give the command that starts all ranks")
+        raise InputError(f"{setting} is empty: give the command that starts all ranks")
     return words
 
 
@@ -257,27 +264,50 @@ def rank_environment(
     }
 
 
-def _require_program(launcher: str, program: str) -> None:
+def _require_program(launch: RankLaunch, program: str) -> None:
     if shutil.which(program) is None:
         raise InputError(
-            f"EVACLIP_LAUNCHER={launcher} needs the program '{program}', which is not on the PATH: "
-            "install it, or choose another launcher"
+            f"{launch.PREFIX}LAUNCHER={launch.launcher} needs the program '{program}', which is "
+            "not on the PATH: install it, or choose another launcher"
         )
 
 
 Work = TypeVar("Work", bound=Config)
+Missing = TypeVar("Missing")
 
 
 class RankState(Config):
     """Progress of a rank, for whoever started it."""
 
     done: int = 0
-    """Samples."""
+    """Samples, or shards where those are counted."""
     detail: str = ""
     failed: Mapping[str, str] = {}
     """What cannot be done -> the reason, once the rank is done."""
     share_of_peak: float | None = None
     """Of what its device can compute, where that is known."""
+
+
+def iterate_starts(
+    find_missing: Callable[[], Missing], count: Callable[[Missing], int], folder: Path
+) -> Iterator[Missing]:
+    """What is missing, until nothing is: whoever asks for the next has had ranks started on the one
+    before. InputError with the end of the newest log in `folder`, OSError if that speaks of a full
+    disk, when they ended again and again without lessening the `count` of it."""
+    idle, before = 0, -1
+    while missing := find_missing():
+        left = count(missing)
+        idle = idle + 1 if left == before else 0
+        if idle > MAX_IDLE_STARTS:
+            log = max(folder.glob("*.log"), key=lambda file: file.stat().st_mtime)
+            refuse_full_disk(log)
+            text = escape_control(log.read_text(errors="replace"))
+            raise InputError(
+                f"the ranks ended {idle} times without another file; the end of their log, {log}:\n"
+                f"{text[-_LOG_TAIL:]}"
+            )
+        before = left
+        yield missing
 
 
 def run_ranks(
@@ -288,11 +318,13 @@ def run_ranks(
     watch: Callable[[Sequence[RankState]], None],
     launch: RankLaunch | None = None,
     reads: tuple[Path, ...] = (),
+    on_gpus: bool = True,
 ) -> None:
     """Run every rank to its end, whether it succeeds or fails, its log beside the file `job`, which
     tells them the `work` and other machines, while it is there, that it is not over; InputError
     with the sentence of one that gave up. `watch` gets their states while they work, and at the
-    end. A `launch` over machines starts its own number of ranks; `reads` must be mounted there."""
+    end. A `launch` over machines starts its own number of ranks, each with a GPU if `on_gpus`;
+    `reads` must be mounted there."""
     for old in (*job.parent.glob("state-*.json"), *job.parent.glob("message-*.txt")):
         old.unlink()
     write_atomically(job, work.model_dump_json())
@@ -309,7 +341,9 @@ def run_ranks(
         else:
             log = job.with_name(LOG)
             over = f"[ ! -e {shlex.quote(str(job))} ]"
-            command = start_command(launch, Program(module, job, log, reads, over), launch.ranks)
+            command = start_command(
+                launch, Program(module, job, log, reads, over, on_gpus), launch.ranks
+            )
             run_supervised(
                 command, log=log, grace_s=LAUNCHED_GRACE_S, poll=look, poll_s=LAUNCHED_POLL_S
             )

@@ -1,21 +1,17 @@
 """Verify every shard of a download, continuing where a killed run stopped, and index every sample:
 read every sample, decode every image, keep what is found as a table a shard.
 
-`python -m tasks.verify.verify JOB.json` does so for many shards, in a process of its own: decoding
-holds Python's lock for a good part of its time, and a pool started inside a flow would outlive the
-flow's being killed. Not here: what training reads of them, comparing samples of different shards
-(tasks/dataset).
+`python -m tasks.verify.verify JOB.json` is one of the processes that share the shards, here or on
+other machines: decoding holds Python's lock for a good part of its time. Not here: what training
+reads of them, comparing samples of different shards (tasks/dataset).
 """
 
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -27,25 +23,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaclip_model.config import Config
-from evaclip_model.errors import InputError, escape_control
+from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.reading import image_decoder
 from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
 from tasks.artifacts.artifact import Made, read_bulk, sha256_of
 from tasks.index import adopted_shards, sample_index
 from tasks.index.perceptual_hash import grey_of, hashes_of
-from tasks.process.child import refuse_full_disk, run_supervised
+from tasks.process.launch import RankLaunch, RankState, iterate_starts, run_ranks, run_share
 from tasks.progress import Report
 from tasks.verify.config import VerifyConfig
 
 REPORT = "report.json"
 TABLES = ".tables"
 """One small table for each verified shard, kept until the index is there."""
-LOG = "verify.log"
-DONE = "verified"
-"""A byte for each shard that the run in progress verified."""
-GRACE_S = 2.0
-POLL_S = 0.2
 _VERDICT = b"verdict"
 
 
@@ -66,16 +57,22 @@ class ShardJob(Config):
 
 
 def verify_shards(
-    config: VerifyConfig, downloaded: Path, out: Path, processes: int, report: Report
+    config: VerifyConfig,
+    downloaded: Path,
+    out: Path,
+    processes: int,
+    report: Report,
+    launch: RankLaunch | None = None,
 ) -> Made:
     """Verify every shard that `downloaded`, the folder of a download or of an adoption, lists
     (`ADOPTED`, or tars as bulk); without a list, `**/shards/*.tar`.
 
-    Each of the `processes` takes about 0.1 GB. That no shard can be trained on, or that one changed
-    since it was adopted, is an `InputError`.
+    Each of the `processes`, which are of this machine or those of a `launch` over several, takes
+    about 0.1 GB; who verifies a shard judges it, here they are counted. That no shard can be
+    trained on, or that one changed since it was adopted, is an `InputError`.
     """
     if not (out / sample_index.CHECKED).exists():
-        _verify_all(config, downloaded, out, processes, report)
+        _verify_all(config, downloaded, out, processes, report, launch)
     shutil.rmtree(out / TABLES, ignore_errors=True)
     index = sorted((out / sample_index.INDEX).rglob("*.parquet"))
     return Made(
@@ -85,14 +82,19 @@ def verify_shards(
 
 
 def _verify_all(
-    config: VerifyConfig, downloaded: Path, out: Path, processes: int, report: Report
+    config: VerifyConfig,
+    downloaded: Path,
+    out: Path,
+    processes: int,
+    report: Report,
+    launch: RankLaunch | None,
 ) -> None:
     """Write everything, the verdicts last."""
     listed = _list_jobs(downloaded, out)
     if not listed:
         raise InputError(f"{downloaded} holds no shards: download again")
     tables = [job.target for job in listed]
-    _verify_missing(config, listed, out, processes, report)
+    _verify_missing(config, listed, out, processes, report, launch)
     verdicts = [read_verdict(table) for table in tables]
     if not any(verdict.shard for verdict in verdicts):
         raise InputError(
@@ -147,39 +149,30 @@ def _refuse_changed(shards: Sequence[adopted_shards.AdoptedShard]) -> None:
 
 
 def _verify_missing(
-    config: VerifyConfig, listed: Sequence[ShardJob], out: Path, processes: int, report: Report
+    config: VerifyConfig,
+    listed: Sequence[ShardJob],
+    out: Path,
+    processes: int,
+    report: Report,
+    launch: RankLaunch | None,
 ) -> None:
     folder = out / TABLES
     folder.mkdir(parents=True, exist_ok=True)
     for torn in folder.glob(".*"):
         torn.unlink()
-    missing = tuple(job for job in listed if not job.target.exists())
-    path, log, done = out / "job.json", out / LOG, out / DONE
+    local = (Path(job.location) for job in listed if "://" not in job.location)
+    reads = tuple(sorted({path.parent for path in local}))
+    find_missing = lambda: [job for job in listed if not job.target.exists()]  # noqa: E731
+    for missing in iterate_starts(find_missing, len, out):
+        before = len(listed) - len(missing)
 
-    def poll() -> None:
-        # looking costs the same however many there are
-        report(len(listed) - len(missing) + done.stat().st_size, len(listed), "shards")
+        def look(states: Sequence[RankState], before: int = before) -> None:
+            report(before + sum(one.done for one in states), len(listed), "shards")
 
-    if not missing:
-        return
-    job = VerifyJob(config=config, shards=missing, processes=min(processes, len(missing)))
-    write_atomically(path, job.model_dump_json())
-    done.write_bytes(b"")
-    status = run_supervised(
-        [sys.executable, "-m", "tasks.verify.verify", str(path)],
-        log=log,
-        grace_s=GRACE_S,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        poll=poll,
-        poll_s=POLL_S,
-    )
-    poll()
-    if left := [job for job in missing if not job.target.exists()]:
-        refuse_full_disk(log)
-        text = escape_control(log.read_text(errors="replace"))
-        said = text.strip().splitlines() or ["it printed nothing"]
-        raise RuntimeError(
-            f"{len(left)} shards were not verified (status {status}: {said[-1]}); see {log}"
+        job, ranks = VerifyJob(config=config, shards=tuple(missing)), min(processes, len(missing))
+        run_ranks(
+            *("tasks.verify.verify", job, out.resolve() / "job.json", ranks),
+            *(look, launch, reads, False),
         )
 
 
@@ -400,26 +393,15 @@ def _md5(content: bytes | memoryview) -> str:
 class VerifyJob(Config):
     config: VerifyConfig
     shards: tuple[ShardJob, ...]
-    processes: int
 
 
-def main(job: VerifyJob, done_file: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    with (
-        ProcessPoolExecutor(job.processes, mp_context=context) as pool,
-        done_file.open("ab", buffering=0) as done,
-    ):
-        for shard in as_completed(pool.submit(_verify_one, job.config, one) for one in job.shards):
-            shard.result()
-            done.write(b".")
-
-
-def _verify_one(config: VerifyConfig, shard: ShardJob) -> None:
-    with adopted_shards.on_this_machine(shard.location, shard.target.parent) as tar:
-        verify_shard(tar, shard, config)
+def verify_share(job: VerifyJob, rank: int, ranks: int, say: Callable[[RankState], None]) -> None:
+    """Verify every `ranks`-th of the job's shards, and `say` how many are done."""
+    for done, shard in enumerate(job.shards[rank::ranks], 1):
+        with adopted_shards.on_this_machine(shard.location, shard.target.parent) as tar:
+            verify_shard(tar, shard, job.config)
+        say(RankState(done=done))
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1])
-    job_read = VerifyJob.from_mapping(json.loads(where.read_text()), where=str(where))
-    main(job_read, where.with_name(DONE))
+    sys.exit(run_share(VerifyJob, verify_share))

@@ -68,6 +68,12 @@ def test_what_encodes_starts_as_training_does_unless_it_stays_here(profile_of, s
     assert (launch.is_local, launch.ranks, launch.nodes, machine.device) == expected
 
 
+def test_what_verifies_starts_by_settings_of_its_own(profile_of):
+    profile = profile_of(launcher="slurm", ranks="8", verify_launcher="slurm", verify_ranks="64")
+    assert (profile.launch.ranks, profile.verify_launch.ranks) == (8, 64)
+    assert profile_of(launcher="slurm", ranks="8").verify_launch.is_local
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -76,6 +82,8 @@ def test_what_encodes_starts_as_training_does_unless_it_stays_here(profile_of, s
         ({"nodes": "0"}, r"^environment setting EVACLIP_NODES should be greater than 0, got '0'"),
         ({"profile_steps": "7"}, r"setting EVACLIP_PROFILE_STEPS must be .* as 100-110, got 7"),
         ({"root": "s3://bucket/runs"}, r"^EVACLIP_ROOT is 's3:/bucket/runs': .* must be a folder"),
+        ({"verify_nodes": "2"}, r"^EVACLIP_VERIFY_NODES is above 1: .* by EVACLIP_VERIFY_LAUNCHER"),
+        ({"verify_ranks": "x"}, r"^environment setting EVACLIP_VERIFY_RANKS should be a valid int"),
         ({"rendezvous": "first"}, r"setting EVACLIP_RENDEZVOUS must be host:port, got 'first'"),
     ],
 )

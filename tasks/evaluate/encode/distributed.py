@@ -41,12 +41,8 @@ from tasks.evaluate.encode.encode_features import (
     write_block,
 )
 from tasks.evaluate.sets.published_layout import EvalSet
-from tasks.process.launch import RankState, run_ranks, run_share
+from tasks.process.launch import RankState, iterate_starts, run_ranks, run_share
 from tasks.progress import Report
-
-MAX_IDLE_STARTS = 2
-"""Times in a row that ranks may end without a new block before the evaluation fails."""
-_LOG_TAIL = 1500
 
 
 class ImageList(Config):
@@ -112,19 +108,11 @@ class Features:
         model cannot be opened, its features are not finite, or ranks die again and again.
         """
         total = sum(len(one) + len(texts_of(one)) for one in self.sets.values()) * len(self.models)
-        idle, before = 0, -1
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        while models := self._missing_work(folder):
-            left = sum(len(work.texts) + sum(one.count for one in work.images) for work in models)
-            idle = idle + 1 if left == before else 0
-            if idle > MAX_IDLE_STARTS:
-                logs = [log.read_text(errors="replace") for log in sorted(folder.glob("*.log"))]
-                raise InputError(
-                    f"the ranks of the evaluation ended {idle} times without a new block; the end "
-                    "of their log:\n" + "\n".join(log[-_LOG_TAIL:] for log in logs)
-                )
-            before = left
+        find_missing = partial(self._missing_work, folder)
+        for models in iterate_starts(find_missing, _count_missing, folder):
+            left = _count_missing(models)
             job = EncodeJob(
                 models=tuple(models),
                 workers=self.machine.workers,
@@ -159,7 +147,7 @@ class Features:
         tars = {one.samples[0].image.tar.resolve() for one in self.sets.values()}
         reads = (self.cache.root.resolve(), *sorted(tars))
         module, path = "tasks.evaluate.encode.distributed", folder / "job.json"
-        run_ranks(module, job, path, ranks, watch, launch, reads)
+        run_ranks(module, job, path, ranks, watch, launch, reads, job.device != "cpu")
 
     def image_features(self, model: str, name: str) -> Tensor:
         """Unit features of all images of a set [N, D]; RuntimeError if they are not all there."""
@@ -228,6 +216,11 @@ class Features:
     def _made_by(self) -> str:
         """Precision, device and version, which decide the last bits of a feature."""
         return f"{self.precision}-{self.machine.device}-torch{metadata.version('torch')}"
+
+
+def _count_missing(models: Sequence[ModelWork]) -> int:
+    """Texts and images."""
+    return sum(len(work.texts) + sum(one.count for one in work.images) for work in models)
 
 
 def do_share(job: EncodeJob, rank: int, ranks: int, say: Callable[[RankState], None]) -> None:

@@ -78,7 +78,7 @@ def test_what_is_wrong_with_a_hostfile_is_said_by_its_line(tmp_path, text, compl
 def test_what_a_launcher_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     missing = Launch(launcher="deepspeed", hostfile=tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"EVACLIP_HOSTFILE=.*nowhere cannot be read \(No such"):
+    with pytest.raises(InputError, match=r"the hostfile .*nowhere cannot be read \(No such"):
         start_command(missing, PROGRAM, 1)
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     two = Launch(launcher="deepspeed", hostfile=tmp_path / "hosts")
@@ -190,6 +190,13 @@ def test_no_name_of_a_folder_becomes_a_command_or_a_setting(kind):
 def test_ranks_that_encode_are_started_by_the_same_templates(kind):
     module = script_of(kind, program=ENCODERS).replace("tasks.embed.embed_shard", WORKER[1])
     assert module == script_of(kind)
+
+
+@pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
+def test_ranks_on_cores_alone_ask_for_no_gpu(kind):
+    asked = script_of(kind, program=ENCODERS._replace(on_gpus=False))
+    assert ("#SBATCH --gpus" not in asked) if kind == "slurm" else ("nvidia.com/gpu: 0" in asked)
+    assert "gpu" in script_of(kind)
 
 
 def test_a_template_or_a_command_that_starts_training_whatever_is_asked_for_is_refused(tmp_path):

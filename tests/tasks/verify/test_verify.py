@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,9 +23,12 @@ from PIL import Image
 from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import BULK, Made, sha256_of
 from tasks.index.sample_index import COLUMNS, SampleIndex, read_verdicts
+from tasks.process.launch import RankLaunch
+from tasks.progress import report_nothing
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards
 from tests.evaclip_model.hostile_images import jpeg_of_many_scans
+from tests.tasks.process.fake_slurm import FakeSlurm
 
 CONFIG = VerifyConfig(min_image_px=8, max_pixels=10_000, max_bad_share=0.3)
 
@@ -284,6 +289,40 @@ def test_killed_in_the_middle_it_looks_at_no_finished_shard_again(
         strict=True,
     ):
         assert one.equals(other)
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_slurm_job_of_two_machines_one_killed_find_what_one_process_does(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloaded, image = tmp_path / "download", encoded((640, 480))
+    for number in range(12):
+        held = [sample(100 * number + place, jpg=image) for place in range(40)]
+        write_shard(downloaded, f"{number:06d}", held)
+    alone = tmp_path / "verify" / "alone"
+    expected = verify_shards(VerifyConfig(), downloaded, alone, 1, report_nothing)
+    slurm = FakeSlurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{slurm.bin}:{os.environ['PATH']}")
+    monkeypatch.setattr("tasks.process.launch.CLUSTER_LOOK_S", 0.2)
+    killed: list[int] = []
+
+    def kill_one(done: float, total: float, detail: str = "") -> None:
+        words = ["-m", "tasks.verify.verify", str(out / "job.json")]
+        for one in psutil.process_iter(["cmdline"]) if done and not killed else ():
+            if (one.info["cmdline"] or [])[1:] == words and not killed:
+                one.kill()
+                killed.append(one.pid)
+
+    try:
+        launch = RankLaunch(launcher="slurm", ranks=2, nodes=2)
+        made = verify_shards(VerifyConfig(), downloaded, out, 1, kill_one, launch)
+    finally:
+        slurm.close()
+    assert killed, "nobody was killed"
+    assert made.counts == expected.counts
+    for one, other in zip(sorted(made.files), sorted(expected.files), strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    assert "--gpus" not in (out / "job.sbatch").read_text()
 
 
 def write_record(downloaded: Path, name: str, statuses: list[str], successes: int) -> None:
