@@ -26,7 +26,7 @@ _READ = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, populat
 
 
 class VerifyLaunch(BaseSettings, RankLaunch):
-    """What starts the processes that verify; unset: as many as this machine has cores."""
+    """Settings of starting the processes that verify; unset: one for each core of this machine."""
 
     PREFIX = "EVACLIP_VERIFY_"
     model_config = _READ | SettingsConfigDict(env_prefix=PREFIX)
