@@ -291,9 +291,9 @@ class RankState(Config):
 def iterate_starts(
     find_missing: Callable[[], Missing], count: Callable[[Missing], int], folder: Path
 ) -> Iterator[Missing]:
-    """Yield what is missing until nothing is: whoever asks for the next has had ranks started on the
-    one before. InputError with the end of the newest log in `folder`, OSError if that speaks of a full
-    disk, when they ended again and again without lessening the `count` of it."""
+    """Yield what is missing until nothing is: whoever asks for the next has had ranks started on
+    the one before. InputError with the end of the newest log in `folder`, OSError if that speaks of
+    a full disk, when they ended again and again without lessening the `count` of it."""
     idle, before = 0, -1
     while missing := find_missing():
         left = count(missing)
