@@ -29,7 +29,7 @@ from tasks.dataset.config import DatasetConfig, OutsideFiles, Seen
 from tasks.dataset.lists import SHA256, is_url, read_hashes
 from tasks.dataset.scores import count_scores, find_low_scores, read_uids, uids_of_rows
 from tasks.index.perceptual_hash import Hashes, KnownHashes, hash_images, is_crowded, near_pairs
-from tasks.index.sample_index import Ints, Kind, SampleIndex, ShardVerdict
+from tasks.index.sample_index import Ints, Kind, Mask, SampleIndex, ShardVerdict
 
 PAIRED_AT_LEAST = 1 << 10
 """Hashes of which all pairs that look alike are held, however many."""
@@ -164,9 +164,9 @@ def choose_samples(
     if config.exact_duplicates == "drop":  # the same image, as downloaded or as stored
         repeated.append((Kind.HASH, LeftOutReason.EXACT_DUPLICATE))
     for kind, reason in repeated:
-        rows, groups = index.find_repeated(kind)
-        stays = ~choice.left_out[rows]
-        choice.leave_out(_find_later(rows[stays], groups[stays]), reason)
+        taken = np.zeros(index.rows, dtype=np.bool_)
+        for rows, groups, first in index.find_repeated(kind, ~choice.left_out):
+            choice.leave_out(_find_later(rows, groups, first, taken), reason)
     if config.near_duplicates == "drop":
         alike = _later_looks(looks, config.max_distance, np.flatnonzero(~choice.left_out))
         choice.leave_out(alike, LeftOutReason.NEAR_DUPLICATE)
@@ -255,21 +255,21 @@ def _go_through(
     return looks
 
 
-def _find_later(rows: Ints, groups: Ints) -> Rows:
-    """Rows, ascending, that share a group with an earlier row that stays; `rows` ascend, each as
-    often as it has groups. A row that goes takes no group, so a chain a-b-c of which b goes leaves
-    c in. Each round settles all rows that nothing unsettled stands before."""
+def _find_later(rows: Ints, groups: Ints, first: Ints, taken: Mask) -> Rows:
+    """Rows, some twice, that share a group with an earlier row that stays; `rows` ascend, each as
+    often as it has groups, whose `first` row is told beside them. A row that goes takes no group,
+    so a chain a-b-c of which b goes leaves c in. `taken` [groups] is what rows before these took,
+    and learns what these take. Each round settles all rows that nothing unsettled stands before."""
     later = [np.empty(0, dtype=np.int64)]
     while len(rows):
-        first = np.zeros(groups.max() + 1, dtype=np.int64)
-        first[groups[::-1]] = rows[::-1]  # the earliest is written last
-        waits = np.isin(rows, rows[first[groups] != rows])
-        taken = np.zeros(len(first), dtype=np.bool_)
+        waits = np.isin(rows, rows[first != rows])
         taken[groups[~waits]] = True
         goes = np.isin(rows, rows[waits & taken[groups]])
-        later.append(np.unique(rows[goes]))
+        later.append(rows[goes])
         rows, groups = rows[waits & ~goes], groups[waits & ~goes]
-    return np.sort(np.concatenate(later))
+        _, places, numbers = np.unique(groups, return_index=True, return_inverse=True)
+        first = rows[places][numbers]
+    return np.concatenate(later)
 
 
 def _later_looks(looks: Hashes, most: int, candidates: Rows) -> Rows:
@@ -291,7 +291,8 @@ def _find_later_looks(hashes: Hashes, most: int) -> npt.NDArray[np.bool_]:
     if len(hashes) <= PAIRED_AT_LEAST or not is_crowded(hashes, most):
         pairs = near_pairs(hashes, most)
         order = np.argsort(pairs, axis=None)
-        goes[_find_later(pairs.ravel()[order], order // 2)] = True
+        numbers, taken = order // 2, np.zeros(len(pairs), dtype=np.bool_)
+        goes[_find_later(pairs.ravel()[order], numbers, pairs[numbers, 0], taken)] = True
         return goes
     half = len(hashes) // 2
     goes[:half] = _find_later_looks(hashes[:half], most)

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.urls import read_text
-from tasks.index.sample_index import SampleIndex
+from tasks.index.sample_index import Mask, SampleIndex
 
-Mask = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 SCORE_PARTS = 80
@@ -89,25 +90,15 @@ def read_uids(files: Iterable[Path]) -> Iterator[pa.Array]:
 
 def uids_of_rows(index: SampleIndex, rows: Rows) -> list[str]:
     """The uids of some rows, in their order; `rows` ascend."""
-    found: list[str] = []
-    start = 0
-    for table in index.iterate_chunks("uid"):
-        stop = start + table.num_rows
-        mine = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
-        found += table["uid"].take(pa.array(mine - start)).to_pylist()
-        start = stop
-    return found
+    found = pq.read_table(index.files, columns=["uid"], filters=pc.field("row").isin(rows))
+    return list(found["uid"].to_pylist())
 
 
 def _read_pairs(pairs: npt.NDArray[np.void]) -> Iterator[pa.Array]:
-    names = pairs.dtype.names or ()
-    if [pairs.dtype[name].str for name in names] != ["<u8"] * 2:
+    if [field[1] for field in pairs.dtype.descr] != ["<u8"] * 2:
         raise ValueError(f"it holds {pairs.dtype}, not pairs of uint64")
-    digits = np.frombuffer(b"0123456789abcdef", np.uint8)
     for start in range(0, len(pairs), UIDS_AT_ONCE):
         numbers = np.ascontiguousarray(pairs[start : start + UIDS_AT_ONCE]).view("<u8")
-        each = numbers.astype(">u8").view(np.uint8)  # as they are written, the highest first
-        text = digits[np.stack([each >> 4, each & 15], axis=-1)].reshape(-1, 32)
-        ends = np.arange(len(text) + 1, dtype=np.int32) * 32
-        buffers = [None, pa.py_buffer(ends), pa.py_buffer(text)]
-        yield pa.Array.from_buffers(pa.string(), len(text), buffers)
+        text = numbers.astype(">u8").tobytes().hex().encode()  # as written, the highest digit first
+        whole = pa.Array.from_buffers(pa.binary(32), len(numbers) // 2, [None, pa.py_buffer(text)])
+        yield whole.cast(pa.string())

@@ -34,7 +34,6 @@ _NOISE_DECIMALS = 6
 _MOST_IN_A_BUCKET = 16
 _MOST_EQUAL_BANDS = 4
 
-_ONES = np.array([number.bit_count() for number in range(1 << 16)], dtype=np.uint8)
 _COSINES = np.cos(
     np.pi * np.arange(_LOW)[:, None] * (2 * np.arange(GREY_PX)[None, :] + 1) / (2 * GREY_PX)
 )
@@ -56,12 +55,10 @@ def hashes_of(greys: npt.NDArray[np.uint8]) -> Hashes:
     return np.packbits(above, axis=1).view(">u8").ravel().astype(np.uint64)
 
 
-def hamming_distance(left: Hashes, right: Hashes) -> npt.NDArray[np.int64]:
+def hamming_distance(left: Hashes, right: Hashes) -> npt.NDArray[np.uint8]:
     """Bits in which two arrays of hashes differ, element by element."""
-    differing = np.atleast_1d(left ^ right)
-    counts = _ONES[np.ascontiguousarray(differing).view(np.uint16)]
-    result: Places = counts.reshape(*differing.shape, 4).sum(axis=-1, dtype=np.int64)
-    return result
+    differing: npt.NDArray[np.uint8] = np.bitwise_count(left ^ right)
+    return differing
 
 
 def near_pairs(hashes: Hashes, most: int) -> npt.NDArray[np.int64]:

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -36,6 +37,7 @@ from evaclip_model.reading.urls import is_url
 from tasks.tables.parquet_tables import cut_tables
 
 Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 INDEX = "index"
 ROWS_PER_FILE = 5_000_000
@@ -62,6 +64,8 @@ ASKED_AT_ONCE = 10_000
 ADDRESS = r"regexp_replace(url, '^https?://', '')"
 MEMORY_LIMIT = "2GB"
 """Of a query, where no setting says another."""
+GROUPS_AT_ONCE = 16
+"""Row groups of a look-up table that a thread holds."""
 CHECKED = "checked.json"
 
 
@@ -90,19 +94,21 @@ _MATCHES = {
 def write_index(tables: Iterable[Path], folder: Path, memory_limit: str) -> None:
     """Make the index of the shards whose tables (of `COLUMNS`) are given, in their order.
 
-    Files that a killed run finished are kept. Memory does not depend on the number of samples; a
-    table is not needed any more when the one `ROWS_PER_FILE` rows behind it is asked for.
+    Files that a killed run finished are kept. Memory does not depend on the number of samples: what
+    a row group takes, on every core, and then the database's.
     """
     rows = folder / "rows"
     rows.mkdir(parents=True, exist_ok=True)
-    files, first_row = list[Path](), 0
-    for number, group in enumerate(_group_tables(tables)):
-        file = rows / f"{number:05d}.parquet"
-        if not file.exists():
-            _write_rows(group, first_row, file)
-        files.append(file)
-        first_row += pq.read_metadata(file).num_rows
-    _write_lookups(files, folder, memory_limit)
+    groups = list(_group_tables(tables))
+    files = [rows / f"{number:05d}.parquet" for number in range(len(groups))]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(_write_rows, groups, files))
+    for kind in Kind:
+        pairs = f"""
+            WITH stored AS (FROM read_parquet($rows)), marked AS ({_MARKED[kind]})
+            SELECT md5_number_lower(value) AS mark, row FROM marked WHERE value IS NOT NULL"""
+        given = {"rows": list(map(str, files))}
+        _sort_marks(pairs, given, folder / lookup_name(kind), memory_limit)
 
 
 def join_indexes(parts: Sequence[tuple[Path, int, int]], folder: Path) -> None:
@@ -157,9 +163,7 @@ class SampleIndex:
         paths = {"rows": list(map(str, self.files)), "lookup": str(self._lookup(kind))}
         with open_database(self.memory_limit, self._folder) as database:
             database.register("asked", pa.table({"value": pa.array(sorted(asked), pa.string())}))
-            found = database.execute(query, paths)
-            names = [column[0] for column in found.description]
-            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+            return list(database.execute(query, paths).to_arrow_table().to_pylist())
 
     def find_listed(self, uids: Iterable[pa.Array]) -> npt.NDArray[np.bool_]:
         """Tell of every row whether its uid is among `uids`, [rows]."""
@@ -186,26 +190,43 @@ class SampleIndex:
         """These columns of a shard's rows, in stored order."""
         return pq.read_table(self.files, columns=list(columns), filters=[("shard", "==", shard)])
 
-    def find_repeated(self, kind: Kind) -> tuple[Ints, Ints]:
-        """Rows, ascending, that share a uid, or an image (as downloaded or as stored), with another
-        row, and what they share as a number; a row may share two things."""
+    def find_repeated(self, kind: Kind, among: Mask) -> Iterator[npt.NDArray[np.int64]]:
+        """Of the rows that the mask `among` [rows] has, those that share a uid, or an image (as
+        downloaded or as stored), with another of them: batches [3, n] of row, ascending, what it
+        shares as a number below `self.rows`, and the first row that has it. A row that shares two
+        things is there twice, in one batch. The mask and another one are all that memory holds
+        beside the database and a batch.
+        """
         if kind is Kind.URL:
             raise ValueError(f"rows may well share a {kind}")
-        values = "[uid]" if kind is Kind.UID else "[sha256, stored_sha256]"
-        query = f"""
-            WITH suspects AS (
-                SELECT DISTINCT row, unnest({values}) AS value FROM read_parquet($rows)
-                WHERE row IN (SELECT row FROM suspected)
-            ), shared AS (
-                SELECT value, row_number() OVER (ORDER BY value) AS number FROM suspects
-                WHERE value IS NOT NULL GROUP BY value HAVING count(*) > 1
-            )
-            SELECT row, number FROM suspects JOIN shared USING (value) ORDER BY row, number"""
-        suspected = pa.table({"row": _rows_with_equal_marks(self._lookup(kind))})
+        values = "[uid]" if kind is Kind.UID else "[sha256, nullif(stored_sha256, sha256)]"
+        # 128 bits stand for a text: they take a quarter of its memory, and none are equal by chance
+        add = f"""
+            INSERT INTO suspects SELECT row, md5_number(value) FROM (
+                SELECT row, unnest({values}) AS value FROM read_parquet($file)
+                WHERE row IN (FROM suspected)
+            ) WHERE value IS NOT NULL"""
+        query = """
+            WITH repeated AS (
+                SELECT value, min(row) AS first FROM suspects GROUP BY value HAVING count(*) > 1
+            ), numbered AS (SELECT *, row_number() OVER () - 1 AS number FROM repeated)
+            SELECT row, number, first FROM suspects JOIN numbered USING (value) ORDER BY row"""
+        suspected = _rows_with_equal_marks(self._lookup(kind), self.rows)
+        suspected &= among
+        start, rest = 0, np.empty((3, 0), dtype=np.int64)
         with open_database(self.memory_limit, self._folder) as database:
-            database.register("suspected", suspected)
-            found = database.execute(query, {"rows": list(map(str, self.files))}).fetchnumpy()
-        return found["row"].astype(np.int64), found["number"].astype(np.int64)
+            database.execute("CREATE TABLE suspects (row BIGINT, value UHUGEINT)")
+            for file in self.files:
+                mine = suspected[start : start + pq.read_metadata(file).num_rows]
+                database.register("suspected", pa.table({"row": start + np.flatnonzero(mine)}))
+                database.execute(add, {"file": str(file)})
+                start += len(mine)
+            for batch in database.execute(query).fetch_record_batch(ROWS_PER_GROUP):
+                found = np.hstack([rest, np.stack([column.to_numpy() for column in batch])])
+                whole = np.searchsorted(found[0], found[0, -1])  # its other one may come
+                yield found[:, :whole]
+                rest = found[:, whole:]
+        yield rest
 
     def _lookup(self, kind: Kind) -> Path:
         return self._folder / lookup_name(kind)
@@ -215,21 +236,25 @@ def lookup_name(kind: Kind) -> str:
     return f"by_{kind}.parquet"
 
 
-def _group_tables(tables: Iterable[Path]) -> Iterator[list[tuple[int, Path]]]:
-    """Runs of (number, table) with about `ROWS_PER_FILE` rows together."""
+def _group_tables(tables: Iterable[Path]) -> Iterator[tuple[int, list[tuple[int, Path]]]]:
+    """Runs of (number, table) with about `ROWS_PER_FILE` rows together, behind their first row."""
     group: list[tuple[int, Path]] = []
-    held = 0
+    start = stop = 0
     for number, table in enumerate(tables):
         group.append((number, table))
-        held += pq.read_metadata(table).num_rows
-        if held >= ROWS_PER_FILE:
-            yield group
-            group, held = [], 0
+        stop += pq.read_metadata(table).num_rows
+        if stop - start >= ROWS_PER_FILE:
+            yield start, group
+            group, start = [], stop
     if group:
-        yield group
+        yield start, group
 
 
-def _write_rows(tables: Sequence[tuple[int, Path]], first_row: int, target: Path) -> None:
+def _write_rows(run: tuple[int, list[tuple[int, Path]]], target: Path) -> None:
+    """Write the file of the rows of a run of `_group_tables`, if it is not there yet."""
+    if target.exists():
+        return
+    first_row, tables = run
     added = [("row", pa.int64()), ("shard", pa.int32()), ("place", pa.int32())]
     schema = pa.schema([*added, *COLUMNS])
 
@@ -237,11 +262,7 @@ def _write_rows(tables: Sequence[tuple[int, Path]], first_row: int, target: Path
         for number, file in tables:
             table = pq.read_table(file, schema=COLUMNS)
             size = table.num_rows
-            columns = [
-                pa.array(np.arange(first, first + size)),
-                pa.array(np.full(size, number, dtype=np.int32)),
-                pa.array(np.arange(size, dtype=np.int32)),
-            ]
+            columns = (np.arange(first, first + size), np.full(size, number), np.arange(size))
             yield pa.Table.from_arrays([*columns, *table.columns], schema=schema)
             first += size
 
@@ -270,20 +291,9 @@ def _renumber_table(source: Path, first_row: int, first_shard: int, target: Path
     ):
         for group in range(parquet.num_row_groups):
             table = parquet.read_row_group(group)
-            for name, first in (("row", first_row), ("shard", first_shard)):
-                field = table.schema.field(name)
-                moved = pc.add(table[name], pa.scalar(first, field.type))
-                table = table.set_column(table.schema.get_field_index(name), field, moved)
-            writer.write_table(table, ROWS_PER_GROUP)
-
-
-def _write_lookups(files: Sequence[Path], folder: Path, memory_limit: str) -> None:
-    for kind in Kind:
-        pairs = f"""
-            WITH stored AS (FROM read_parquet($rows)), marked AS ({_MARKED[kind]})
-            SELECT md5_number_lower(value) AS mark, row FROM marked WHERE value IS NOT NULL"""
-        given = {"rows": list(map(str, files))}
-        _sort_marks(pairs, given, folder / lookup_name(kind), memory_limit)
+            shards = pc.add(table["shard"], pa.scalar(first_shard, pa.int32()))
+            columns = [pc.add(table["row"], first_row), shards, *table.columns[2:]]
+            writer.write_table(pa.Table.from_arrays(columns, schema=table.schema), ROWS_PER_GROUP)
 
 
 def _sort_marks(pairs: str, given: Mapping[str, Any], target: Path, memory_limit: str) -> None:
@@ -299,21 +309,22 @@ def _sort_marks(pairs: str, given: Mapping[str, Any], target: Path, memory_limit
         database.execute(query, {**given, "target": str(beside)})
 
 
-def _rows_with_equal_marks(lookup: Path) -> Ints:
-    """Rows whose mark another row has too: neighbours, because marks are in order."""
-    found: list[Ints] = [np.empty(0, dtype=np.int64)]
-    last = pa.table({"mark": pa.array([], pa.uint64()), "row": pa.array([], pa.int64())})
-    with pq.ParquetFile(lookup) as parquet:
-        for group in range(parquet.num_row_groups):
-            # DuckDB 2 marks columns that hold no nulls; 1.5 does not.
-            table = pa.concat_tables(
-                [last, parquet.read_row_group(group)], promote_options="default"
-            )
-            marks, rows = table["mark"].to_numpy(), table["row"].to_numpy()
-            same = marks[1:] == marks[:-1]
-            found += [rows[1:][same], rows[:-1][same]]
-            last = table.slice(table.num_rows - 1)
-    return np.unique(np.concatenate(found))
+def _rows_with_equal_marks(lookup: Path, rows: int) -> Mask:
+    """Mask [rows] of those whose mark another has too: neighbours, because marks are in order."""
+    found, metadata = np.zeros(rows, dtype=np.bool_), pq.read_metadata(lookup)
+    groups = list(range(metadata.num_row_groups))
+
+    def look_at_groups(first: int) -> None:
+        """Look at some row groups, and at the one before them for its last mark."""
+        with pq.ParquetFile(lookup, metadata=metadata) as parquet:
+            table = parquet.read_row_groups(groups[max(0, first - 1) : first + GROUPS_AT_ONCE])
+        marks, places = table["mark"].to_numpy(), table["row"].to_numpy()
+        same = marks[1:] == marks[:-1]
+        found[places[1:][same]] = found[places[:-1][same]] = True
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(look_at_groups, groups[::GROUPS_AT_ONCE]))
+    return found
 
 
 @contextmanager

@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import struct
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -191,25 +192,12 @@ def make_missing(shards: int, folder: Path) -> None:
 
 def make_index(shards: int, folder: Path) -> float:
     """Index the made-up samples; CPU seconds of making them up."""
-    spent = 0.0
-
-    def invent(tables: Iterator[Path]) -> Iterator[Path]:
-        nonlocal spent
-        while True:
-            begun = time.process_time()
-            path = next(tables, None)
-            spent += time.process_time() - begun
-            if path is None:
-                return
-            yield path
-
-    verified = folder / f"verified-{shards}"
+    begun, verified = time.process_time(), folder / f"verified-{shards}"
     invented = Invented(shards * PER_SHARD, narrow=True)
     tables = invented.tables(folder / f"tables-{shards}")
-    sample_index.write_index(invent(tables), verified / INDEX, MEMORY_LIMIT)
-    for table in (folder / f"tables-{shards}").glob("*"):
-        table.unlink()
-    (folder / f"tables-{shards}").rmdir()
+    spent = time.process_time() - begun
+    sample_index.write_index(tables, verified / INDEX, MEMORY_LIMIT)
+    shutil.rmtree(folder / f"tables-{shards}")
     sample_index.write_verdicts(list(verdicts(invented.shards)), verified)
     (verified / "made").touch()
     return spent
@@ -238,7 +226,9 @@ def obey_rules(shards: int, folder: Path) -> None:
 def find_copies(shards: int, folder: Path) -> None:
     index = SampleIndex(rows_at(shards, folder), MEMORY_LIMIT)
     for kind in (Kind.UID, Kind.HASH):
-        choose._find_later(*index.find_repeated(kind))
+        taken = np.zeros(index.rows, dtype=np.bool_)
+        for rows, groups, first in index.find_repeated(kind, np.ones_like(taken)):
+            choose._find_later(rows, groups, first, taken)
 
 
 def find_alike(shards: int, folder: Path) -> None:
@@ -319,10 +309,10 @@ def count_shards(shards: int, folder: Path) -> float:
 
 
 STAGES = (
-    Stage("index", "rows", "no", "one core writes the rows", make_index),
+    Stage("index", "rows", "cores", "CPU and disk, one machine", make_index),
     Stage("join of a week", "rows", "cores", "CPU and disk, one machine", join_week, True),
     Stage("rules, 500,000 test images", "rows", "cores", "CPU, one machine", obey_rules, True),
-    Stage("exact duplicates", "rows", "no", "one core, memory", find_copies, True),
+    Stage("exact duplicates", "rows", "cores", "CPU and disk, one machine", find_copies, True),
     Stage("near duplicates", "rows", "no", "memory, one core", find_alike),
     Stage(
         "takedown of 1,000 URLs", "rows", "cores", "disk: one row group a URL", find_takedowns, True

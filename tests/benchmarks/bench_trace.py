@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,6 @@ from tasks.index.sample_index import (
     CHECKED,
     COLUMNS,
     INDEX,
-    ROWS_PER_FILE,
     ShardVerdict,
     write_index,
     write_verdicts,
@@ -157,18 +155,14 @@ class Invented:
             "url": url_of(number)
         }
 
-    def tables(self, folder: Path) -> Iterator[Path]:
-        """What looking at shards leaves: a table a shard, removed when it must have been read."""
+    def tables(self, folder: Path) -> list[Path]:
+        """What looking at shards leaves: a table a shard, in a new folder."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        waiting: deque[Path] = deque()
-        for shard in range(len(self.shards)):
-            path = folder / f"{shard:06d}.parquet"
+        files = [folder / f"{shard:06d}.parquet" for shard in range(len(self.shards))]
+        for shard, path in enumerate(files):
             pq.write_table(self._table(shard), path, compression="zstd")
-            waiting.append(path)
-            if len(waiting) > ROWS_PER_FILE // PER_SHARD + 1:
-                waiting.popleft().unlink()
-            yield path
+        return files
 
     def _table(self, shard: int) -> pa.Table:
         size, first = self.shards[shard], shard * PER_SHARD

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from itertools import pairwise
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +39,7 @@ def row(number: int, **changes: object) -> dict[str, object]:
 
 
 def write_tables(folder: Path, shards: list[list[dict[str, object]]]) -> list[Path]:
+    folder.mkdir(exist_ok=True)
     files = []
     for number, rows in enumerate(shards):
         files.append(folder / f"{number}.parquet")
@@ -45,6 +50,14 @@ def write_tables(folder: Path, shards: list[list[dict[str, object]]]) -> list[Pa
 def index_of(folder: Path, *shards: list[dict[str, object]]) -> SampleIndex:
     write_index(write_tables(folder, list(shards)), folder / INDEX, "200MB")
     return SampleIndex(folder)
+
+
+def find_repeated(
+    index: SampleIndex, kind: Kind, *, without: int | None = None
+) -> tuple[list[int], ...]:
+    """All rows of one kind, what they share and its first row, but for a row that is not asked."""
+    among = np.arange(index.rows) != (-1 if without is None else without)
+    return tuple(np.hstack(list(index.find_repeated(kind, among))).tolist())
 
 
 @pytest.fixture
@@ -115,14 +128,49 @@ def test_rows_that_share_a_uid_or_an_image_are_found_with_what_they_share(tmp_pa
         [row(3, sha256=None, stored_sha256=same), row(4), row(5, sha256=sha256(4))],
         [row(6, sha256=None), row(7, sha256=None)],
     )
-    rows, groups = index.find_repeated(Kind.UID)
-    assert rows.tolist() == [1, 2]
-    assert len(set(groups.tolist())) == 1
-    rows, groups = index.find_repeated(Kind.HASH)
-    assert rows.tolist() == [0, 3, 4, 5]
+    rows, groups, first = find_repeated(index, Kind.UID)
+    assert rows == [1, 2]
+    assert len(set(groups)) == 1
+    assert first == [1, 1]
+    rows, groups, first = find_repeated(index, Kind.HASH)
+    assert rows == [0, 3, 4, 5]
     assert groups[0] == groups[1] != groups[2] == groups[3]
+    assert first == [0, 0, 4, 4]
+    assert find_repeated(index, Kind.HASH, without=0)[0] == [4, 5]
     with pytest.raises(ValueError, match="may well share a url"):
-        index.find_repeated(Kind.URL)
+        find_repeated(index, Kind.URL)
+
+
+def test_repeated_rows_come_in_batches_none_of_which_ends_within_a_row(
+    tmp_path: Path, small_groups: None
+) -> None:
+    def chained(number: int) -> dict[str, object]:
+        """A row that shares its download with one neighbour, and what is stored with the other."""
+        stored = sha256(f"stored {(number + 1) // 2}")
+        return row(number, sha256=sha256(number // 2), stored_sha256=stored, md5=None)
+
+    index = index_of(tmp_path, *[[chained(100 * s + n) for n in range(100)] for s in range(6)])
+    batches = list(index.find_repeated(Kind.HASH, np.ones(600, np.bool_)))
+    assert len(index.files) == 2
+    assert max(batch.shape[1] for batch in batches) <= 65  # a row more than a row group has
+    rows, groups, first = np.hstack(batches)
+    assert rows.tolist() == sorted([*range(600), *range(1, 599)])
+    assert len(set(groups.tolist())) == 599
+    assert set((rows - first).tolist()) == {0, 1}
+    assert all(not set(one[0]) & set(other[0]) for one, other in pairwise(batches))
+
+
+def test_rows_with_equal_marks_are_found_across_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks, rows = [3, 3, 3, 4, 5, 5, 6, 7, 7], [8, 1, 3, 7, 0, 5, 2, 4, 6]
+    table = pa.table({"mark": pa.array(marks, pa.uint64()), "row": rows})
+    for size in (1, 2, 3):
+        pq.write_table(table, tmp_path / "by_hash.parquet", row_group_size=size)
+        for at_once in (1, 2, 16):
+            monkeypatch.setattr(sample_index, "GROUPS_AT_ONCE", at_once)
+            found = sample_index._rows_with_equal_marks(tmp_path / "by_hash.parquet", 9)
+            assert np.flatnonzero(found).tolist() == [0, 1, 3, 4, 5, 6, 8]
 
 
 def test_marks_that_collide_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +178,24 @@ def test_marks_that_collide_are_told_apart(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sample_index._MARKED, Kind.UID, "SELECT 'uid-1' AS value, row FROM stored")
     index = index_of(tmp_path, [row(0), row(1), row(2)])
     assert [found["row"] for found in index.find_samples(Kind.UID, ["uid-1"])] == [1]
-    assert index.find_repeated(Kind.UID)[0].tolist() == []
+    assert find_repeated(index, Kind.UID) == ([], [], [])
+
+
+def test_files_are_written_on_all_cores(
+    tmp_path: Path, small_groups: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = [[row(100 * s + n) for n in range(100)] for s in range(6)]
+    alone = index_of(tmp_path / "alone", *shards)
+    together, write_rows = Barrier(2, timeout=60), sample_index._write_rows
+
+    def write_beside_another(*given: Any) -> None:
+        together.wait()
+        write_rows(*given)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(sample_index, "_write_rows", write_beside_another)
+    beside = index_of(tmp_path / "beside", *shards)
+    assert [one.read_bytes() for one in beside.files] == [one.read_bytes() for one in alone.files]
 
 
 def test_files_that_a_killed_run_finished_are_kept(tmp_path: Path, small_groups: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -13,8 +14,13 @@ from tasks.dataset.choose import _find_later, _later_looks
 from tasks.index.perceptual_hash import near_pairs
 
 
-@given(some.lists(some.sets(some.integers(0, 12), max_size=2), max_size=40))
-def test_a_row_goes_when_an_earlier_one_that_stays_shares_a_group(groups: list[set[int]]) -> None:
+@given(
+    some.lists(some.sets(some.integers(0, 12), max_size=2), max_size=40),
+    some.sets(some.integers(1, 40)),
+)
+def test_a_row_goes_when_an_earlier_one_that_stays_shares_a_group(
+    groups: list[set[int]], cuts: set[int]
+) -> None:
     taken: set[int] = set()
     expected = []
     for row, mine in enumerate(groups):
@@ -22,9 +28,16 @@ def test_a_row_goes_when_an_earlier_one_that_stays_shares_a_group(groups: list[s
             expected.append(row)
         else:
             taken |= mine
-    pairs = [(row, group) for row, mine in enumerate(groups) for group in sorted(mine)]
-    rows, numbers = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    assert _find_later(rows, numbers).tolist() == expected
+    first = {group: row for row, mine in reversed([*enumerate(groups)]) for group in mine}
+    told, gone = np.zeros(13, dtype=np.bool_), list[int]()
+    for start, stop in pairwise([0, *sorted(cuts), 41]):  # whole rows, batch by batch
+        pairs = [
+            (row, group, first[group])
+            for row, mine in list(enumerate(groups))[start:stop]
+            for group in sorted(mine)
+        ]
+        gone += _find_later(*np.array(pairs, dtype=np.int64).reshape(-1, 3).T, told).tolist()
+    assert sorted(set(gone)) == expected
 
 
 @given(some.lists(some.integers(0, 31), max_size=40), some.integers(1, 2), some.data())
