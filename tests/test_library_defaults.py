@@ -144,6 +144,22 @@ def test_a_run_asks_a_server_again_that_is_lame_for_a_moment(file: str) -> None:
         assert PREFECT_CLIENT_RETRY_EXTRA_CODES.value() == {500, 504}
 
 
+@pytest.mark.parametrize("file", ["flows/commands/run.py", "infra/up.toml", "infra/compose.yaml"])
+def test_a_server_forgets_within_an_hour_what_a_run_says_every_minute(file: str) -> None:
+    """By default it keeps a week of it: 20,000 heartbeats and as many reports of progress."""
+    from prefect.client.orchestration._artifacts import client
+    from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
+
+    (found,) = re.findall(r'\{("prefect.flow-run.heartbeat".*?)\}', (ROOT / file).read_text())
+    kept = json.loads(f"{{{found}}}")
+    read = ServerServicesDBVacuumSettings(event_retention_overrides=kept).event_retention_overrides
+    assert {name: kept.total_seconds() for name, kept in read.items()} == {
+        "prefect.flow-run.heartbeat": 3600,
+        "prefect.artifact.updated": 3600,
+    }
+    assert '"prefect.artifact.updated"' in Path(client.__file__).read_text()
+
+
 def test_mlflow_takes_as_much_at_once_as_we_send_it_and_truncates_as_we_say() -> None:
     from mlflow import environment_variables as settings
     from mlflow.utils import validation

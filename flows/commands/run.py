@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 JUDGED = ("pipeline", "evaluate", "retrain")  # flows that end with the gate
 START_TIMEOUT_S = 120
+BRIEF_EVENTS = '{"prefect.flow-run.heartbeat": 3600, "prefect.artifact.updated": 3600}'
+"""Seconds for which the server keeps what a run says every minute, instead of a week."""
 ROWS_IN_FULL = 24
 """Up to so many figures all are printed; beyond, the paper's metric of every set."""
 
@@ -182,6 +184,7 @@ def temporary_server(root: Path) -> Iterator[None]:
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # infra/automations.yaml counts on it
         "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",  # a server under load says so for a moment
         "PREFECT_HOME": str((root / "prefect").resolve()),
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_EVENT_RETENTION_OVERRIDES": BRIEF_EVENTS,
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)

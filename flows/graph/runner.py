@@ -34,6 +34,7 @@ from tasks.progress import Report, report_nothing
 from tasks.tracking import TrackingStore
 
 PREFECT_EVERY_S = 5.0
+"""Time between two reports at first, up to a minute later: each is an event in the database."""
 
 
 @task(retries=0, persist_result=False)
@@ -148,16 +149,16 @@ def watch_stage(title: str, *, already_there: bool = False) -> Iterator[Report]:
         yield report_nothing
         return
     in_ui: UUID | None = None
-    again_at = 0.0
+    begin_s, again_at = time.monotonic(), 0.0
     with moving_bar(title) as show:
 
         def report(done: float, total: float, detail: str = "") -> None:
             nonlocal in_ui, again_at
             show(done, total, detail)
-            # Every few seconds and at the end: each write is a request.
-            if not total or (time.monotonic() < again_at and done < total):
+            now = time.monotonic()
+            if not total or (now < again_at and done < total):
                 return
-            again_at = time.monotonic() + PREFECT_EVERY_S
+            again_at = now + min(max(PREFECT_EVERY_S, (now - begin_s) / 10), 60)
             percent = 100.0 * done / total
             description = escape_control(f"{title}: {detail}" if detail else title)
             if in_ui is None:

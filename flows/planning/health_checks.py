@@ -120,7 +120,8 @@ def check_tracking(profile: Profile) -> Iterator[Finding]:
 
     store = TrackingStore.at(profile.mlflow_uri, "doctor")
     found = f"{store.uri} takes runs, {redact_text(store.try_out())} takes files"
-    yield Finding("ok", "tracking", found)
+    do = "SQLite is for one machine: name an MLflow server over PostgreSQL (docs/team.md)"
+    yield Finding.of(not store.database or profile.launch.is_local, "tracking", found, do, "warn")
     for model, problem in check_models(store.uri):
         yield Finding.of(not problem, model, problem or "its files are there", "")
 

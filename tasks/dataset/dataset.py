@@ -89,7 +89,9 @@ def make_dataset(
     index = SampleIndex(verified, config.memory_limit)
     verdicts = read_verdicts(verified)
     report(0, 3, f"{index.rows:,} samples")
-    if (taken_over := takedowns.before or base) is not None:
+    before = takedowns.before
+    known = json.loads((before / REPORT).read_text()) if before else {}
+    if (taken_over := before or base) is not None:
         choice = choosing.Choice.from_table(index.rows, pq.read_table(taken_over / LEFT_OUT))
     else:
         choice = choosing.choose_samples(index, verdicts, config, outside)
@@ -97,19 +99,16 @@ def make_dataset(
             from tasks.dataset.semantic import leave_out_near  # imports torch
 
             leave_out_near(choice, config, seen, outside.evaluation_sets, out, report)
-    scored: dict[str, list[int]] = {}
-    if takedowns.before is not None:
-        scored = json.loads((takedowns.before / REPORT).read_text()).get("scores", {})
-    elif seen is not None:
+    scored: dict[str, list[int]] = known.get("scores", {})
+    if before is None and seen is not None:
         scored = choosing.leave_out_low_scores(choice, index, verdicts, config, seen)
     report(1, 3, "takedowns")
     if takedowns.find is not None:
         choice.leave_out(takedowns.find(index), choosing.LeftOutReason.TAKEDOWN)
     shutil.rmtree(out / CAPTIONS, ignore_errors=True)
-    captions: dict[str, dict[str, int]] = {}
-    if takedowns.before is not None and (takedowns.before / CAPTIONS).is_dir():
-        shutil.copytree(takedowns.before / CAPTIONS, out / CAPTIONS, copy_function=link_or_copy)
-        captions = json.loads((takedowns.before / REPORT).read_text())[CAPTIONS]
+    captions: dict[str, dict[str, int]] = known.get(CAPTIONS, {})
+    if before is not None and (before / CAPTIONS).is_dir():
+        shutil.copytree(before / CAPTIONS, out / CAPTIONS, copy_function=link_or_copy)
     elif outside.captions:
         captions = write_sidecars(index, outside.captions, out, report)
     report(2, 3, "manifest")

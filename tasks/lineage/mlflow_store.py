@@ -275,9 +275,9 @@ class StageRun(TrackedRun):
 
     @contextmanager
     def follow_metrics(self, metrics_file: Path) -> Iterator[None]:
-        """Ship every line of `metrics_file` (JSON with `step` and `time`) while work goes on, each
-        step once, and samples of the machine's use. The file may not exist yet and may be cut back
-        on resume. A reused stage sends nothing: the run that made it did."""
+        """Ship the lines of `metrics_file` (JSON with `step` and `time`), thinned, while work goes
+        on, and samples of the machine's use. The file may not exist yet and may be cut back on
+        resume. A reused stage sends nothing: the run that made it did."""
         if self.is_reused or self.is_over:
             yield
             return

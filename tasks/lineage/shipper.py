@@ -14,9 +14,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evaclip_model.training.config import JOB_FILE
 from tasks.lineage import stage_record
 from tasks.lineage.journal import RUNNING, SHIPPED, Event, Journal
-from tasks.lineage.stage_record import MAX_METRICS_PER_CALL, PREFIX
+from tasks.lineage.stage_record import PREFIX
 from tasks.tracking import TrackingStore, find_answer, is_answer, restore_run
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ POLL_S = 1.0
 LONGEST_BACKOFF_S = 30.0
 LEFTOVERS_S = 10.0
 """How long what earlier runs left may keep back the events of a run that is at work."""
+PARTS = 100
+"""Of a training's steps, from each of which the store gets points."""
 _log = logging.getLogger(__name__)
 
 
@@ -193,14 +196,14 @@ class Shipper(threading.Thread):
     def _ship_series(
         self, client: MlflowClient, journal: Journal, key: str, give_up: Callable[[], bool]
     ) -> bool:
-        """Send the new lines of a run's files of metrics; False when `give_up()` ended it early. A
-        batch whose answer was lost may be sent twice: the database knows a point by all it says."""
-        run, steps = journal.cursor.runs.get(key), journal.cursor.steps.get(key, {})
+        """Send what is new in a run's files of metrics; False when `give_up()` ended it early. A
+        line whose answer was lost may be sent twice: the database knows a point by all it says."""
+        run, steps = journal.cursor.runs.get(key, ""), journal.cursor.steps.get(key, {})
         for file, shipped in list(steps.items()) if run else ():
             name = f"{journal.folder}|{key}|{file}"
             series = self._series.setdefault(name, MetricsSeries(Path(file)))
-            for points, step in series.iterate_batches(shipped):
-                write = partial(client.log_batch, run, metrics=points)
+            for points, step in series.iterate_points(shipped):
+                write = partial(stage_record.log_points, client, run, points)
                 write_persistently(client, journal, key, write)
                 steps[file] = step
                 journal.save_cursor()
@@ -293,37 +296,43 @@ def _begin_run(client: MlflowClient, experiment: str, journal: Journal, event: E
 
 
 class MetricsSeries:
-    """A file of metrics that grows, and how far this process read it."""
+    """A file of metrics that grows, and how far this process read it. The store gets of each part
+    of a run every metric's first point, and its first that is 0 where that is not or the reverse (a
+    spike, a save), and all of a training's last step. A training has `PARTS` equal parts; others,
+    whose end nobody knows, have 16 of a step each, and each time that they double eight more."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._offset = self._inode = 0
+        self._offset = self._inode = self._last_step = 0
+        self._parts: dict[tuple[str, bool], int] = {}
+        """Metric, and whether it is 0 -> first step of the newest part that has a point of it."""
 
-    def iterate_batches(self, shipped: int) -> Iterator[tuple[list[Metric], int]]:
-        """The points of new whole lines behind step `shipped`, as many as one request may hold,
-        each time with their last step. They count as read when the next ones are asked for. The
-        shorter file that a resumed trainer puts in its place is read from its start."""
+    def iterate_points(self, shipped: int) -> Iterator[tuple[list[Metric], int]]:
+        """The points to send of every new whole line behind step `shipped`, with its step. They
+        count as read when the next ones are asked for. The shorter file that a resumed trainer puts
+        in its place is read from its start."""
         if not self._path.exists():
             return
-        points: list[Metric] = []
         with self._path.open("rb") as stream:
             status = os.fstat(stream.fileno())
-            is_same = status.st_ino == self._inode and status.st_size >= self._offset
-            offset = stream.seek(self._offset if is_same else 0)
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self._offset, self._inode, self._parts = 0, status.st_ino, {}
+                job = self._path.with_name(JOB_FILE)
+                about = json.loads(job.read_text())["train"] if job.is_file() else {}
+                self._last_step = -(-about.get("samples_seen", 0) // about.get("global_batch", 1))
+            stream.seek(self._offset)
             for line in stream:
                 if not line.endswith(b"\n"):
-                    break
+                    return
                 step, figures = _parse_line(line)
-                if step > shipped:
-                    if points and len(points) + len(figures) > MAX_METRICS_PER_CALL:
-                        yield points, shipped
-                        self._offset, self._inode, points = offset, status.st_ino, []
-                    points += figures
-                    shipped = step
-                offset += len(line)
-        if points:
-            yield points, shipped
-        self._offset, self._inode = offset, status.st_ino
+                size = -(-self._last_step // PARTS) or 1 << (step // 16).bit_length()
+                part, is_last = step - step % size, step == self._last_step
+                seen = {(one.key, one.value == 0): one for one in figures}
+                new = {at: seen[at] for at in seen if is_last or self._parts.get(at) != part}
+                if step > shipped and new:
+                    yield list(new.values()), step
+                self._parts |= dict.fromkeys(new, part)
+                self._offset += len(line)
 
 
 def _parse_line(line: bytes) -> tuple[int, list[Metric]]:

@@ -138,3 +138,16 @@ def test_the_vocabulary_is_compared_with_the_published_one(
     monkeypatch.setattr(health_checks, "package_file", lambda name: other)
     (found,) = health_checks.check_tokenizer(Profile(_env_file=None, root=tmp_path))
     assert found.level == "fail" and "open_clip_torch" in found.do
+
+
+@pytest.mark.parametrize(("launcher", "level"), [("auto", "ok"), ("slurm", "warn")])
+def test_postgresql_is_asked_for_where_several_machines_share_the_root(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, launcher: str, level: str
+) -> None:
+    monkeypatch.setenv("EVACLIP_ROOT", str(tmp_path))
+    monkeypatch.setenv("EVACLIP_LAUNCHER", launcher)
+    monkeypatch.setenv("EVACLIP_RANKS", "8")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (found,) = health_checks.check_tracking(load_profile())
+    assert found.level == level
+    assert ("PostgreSQL" in found.do) is (level == "warn")

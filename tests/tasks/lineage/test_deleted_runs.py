@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from evaclip_model import InputError
+from evaclip_model.training.config import JOB_FILE
 from tasks.lineage.journal import Journal
 from tasks.lineage.shipper import Shipper
 from tasks.tracking import TrackingStore
@@ -24,6 +25,8 @@ def store(tmp_path: Path) -> TrackingStore:
 def ship_lines(store: TrackingStore, journal: Journal, root: Path, count: int) -> str:
     """Write `count` more lines of metrics and ship them; returns MLflow's id of the run."""
     file = root / "metrics.jsonl"
+    settings = {"samples_seen": 20, "global_batch": 1}
+    (root / JOB_FILE).write_text(json.dumps({"train": settings}))
     written = file.read_text().splitlines() if file.exists() else []
     lines = [
         json.dumps({"step": len(written) + n, "loss": 0.5, "time": 1.7e9}) for n in range(count)

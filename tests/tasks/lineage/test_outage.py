@@ -15,15 +15,17 @@ from mlflow import MlflowClient
 
 from evaclip_model.config import Config
 from evaclip_model.ports import find_free_port
+from evaclip_model.training.config import JOB_FILE
 from tasks.artifacts.artifact import Address, Stage
 from tasks.lineage import shipper
 from tasks.lineage.mlflow_store import Tracking
 from tasks.tracking import TrackingStore
 
 FIGURES = 30
-LINES_A_SECOND = 40
+LINES_A_SECOND = 10  # of a real training a hundred are sent in all
 OUTAGE_S = float(os.environ.get("OUTAGE_S", "20"))
 START_S = 120
+STEPS = 1_000_000
 PATIENCE_S = 60
 
 
@@ -71,6 +73,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setattr(shipper, "LONGEST_BACKOFF_S", 4.0)
+    monkeypatch.setattr(shipper, "PARTS", STEPS)  # of every step all is sent
     (tmp_path / "artifacts").mkdir()
     made = Server(tmp_path)
     made.start()
@@ -86,7 +89,7 @@ class Trainer(threading.Thread):
         self.file, self.stop, self.slowest_s, self.lines = file, threading.Event(), 0.0, 0
 
     def run(self):
-        self.file.parent.mkdir(parents=True)
+        make_folder(self.file.parent)
         with self.file.open("w") as file:
             while not self.stop.wait(1 / LINES_A_SECOND):
                 started = time.monotonic()
@@ -94,6 +97,13 @@ class Trainer(threading.Thread):
                 file.write(json.dumps(line(self.lines)) + "\n")
                 file.flush()
                 self.slowest_s = max(self.slowest_s, time.monotonic() - started)
+
+
+def make_folder(folder):
+    """The folder of a training of very many steps."""
+    folder.mkdir(parents=True)
+    settings = {"samples_seen": STEPS, "global_batch": 1}
+    (folder / JOB_FILE).write_text(json.dumps({"train": settings}))
 
 
 def line(step):
@@ -147,10 +157,10 @@ def test_every_point_is_there_once_after_the_server_was_away(tmp_path, server, b
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_backlog_of_a_whole_run_is_shipped_in_minutes(tmp_path, server):
-    lines = int(os.environ.get("BACKLOG_LINES", "3000"))
+    lines = int(os.environ.get("BACKLOG_LINES", "1000"))
     address = Address.of(tmp_path / "runs", Stage("train", 1), Empty())
     file = address.folder / "metrics.jsonl"
-    file.parent.mkdir(parents=True)
+    make_folder(file.parent)
     file.write_text("".join(json.dumps(line(step)) + "\n" for step in range(1, lines + 1)))
     store = TrackingStore.at(server.url, "outage")
     started = time.monotonic()
