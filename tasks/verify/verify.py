@@ -72,41 +72,29 @@ def verify_shards(
     trained on, or that one changed since it was adopted, is an `InputError`.
     """
     if not (out / sample_index.CHECKED).exists():
-        _verify_all(config, downloaded, out, processes, report, launch)
+        listed = _list_jobs(downloaded, out)
+        if not listed:
+            raise InputError(f"{downloaded} holds no shards: download again")
+        tables = [job.target for job in listed]
+        _verify_missing(config, listed, out, processes, report, launch)
+        verdicts = [read_verdict(table) for table in tables]
+        if not any(verdict.shard for verdict in verdicts):
+            raise InputError(
+                f"none of the {len(listed)} shards of {downloaded} can be trained on; "
+                f"{verdicts[0].path}: {verdicts[0].left_out}"
+            )
+        report(len(listed), len(listed), "indexing")
+        sample_index.write_index(tables, out / sample_index.INDEX, config.memory_limit)
+        left_out = {verdict.path: verdict.left_out for verdict in verdicts if verdict.left_out}
+        details = {**_count_verdicts(verdicts), "left_out": left_out}
+        write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
+        sample_index.write_verdicts(verdicts, out)  # the last, because it says that all is there
     shutil.rmtree(out / TABLES, ignore_errors=True)
     index = sorted((out / sample_index.INDEX).rglob("*.parquet"))
     return Made(
         _count_verdicts(sample_index.read_verdicts(out)),
         (out / sample_index.CHECKED, out / REPORT, *index),
     )
-
-
-def _verify_all(
-    config: VerifyConfig,
-    downloaded: Path,
-    out: Path,
-    processes: int,
-    report: Report,
-    launch: RankLaunch | None,
-) -> None:
-    """Write everything, the verdicts last."""
-    listed = _list_jobs(downloaded, out)
-    if not listed:
-        raise InputError(f"{downloaded} holds no shards: download again")
-    tables = [job.target for job in listed]
-    _verify_missing(config, listed, out, processes, report, launch)
-    verdicts = [read_verdict(table) for table in tables]
-    if not any(verdict.shard for verdict in verdicts):
-        raise InputError(
-            f"none of the {len(listed)} shards of {downloaded} can be trained on; "
-            f"{verdicts[0].path}: {verdicts[0].left_out}"
-        )
-    report(len(listed), len(listed), "indexing")
-    sample_index.write_index(tables, out / sample_index.INDEX, config.memory_limit)
-    left_out = {verdict.path: verdict.left_out for verdict in verdicts if verdict.left_out}
-    details = {**_count_verdicts(verdicts), "left_out": left_out}
-    write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
-    sample_index.write_verdicts(verdicts, out)
 
 
 def _list_jobs(downloaded: Path, out: Path) -> list[ShardJob]:
