@@ -122,16 +122,16 @@ def _pairs_with_equal_bands(hashes: Hashes, mask: np.uint64, most: int) -> npt.N
     """Pairs (i < j) that agree in all bits of `mask` and differ in at most `most` others."""
     order: Places = np.argsort(hashes & mask, kind="stable")
     keys = (hashes & mask)[order]
-    here: Places = np.arange(len(hashes) - 1)
+    here: Places = np.flatnonzero(keys[1:] == keys[:-1])
     found, step = [np.empty((0, 2), dtype=np.int64)], 1
     while len(here):
-        here = here[here + step < len(keys)]
-        here = here[keys[here] == keys[here + step]]
         left, right = order[here], order[here + step]
         close = hamming_distance(hashes[left], hashes[right]) <= most
         pairs = np.stack([left, right], axis=1)[close]
         found.append(np.sort(pairs, axis=1))
         step += 1
+        here = here[here + step < len(keys)]
+        here = here[keys[here] == keys[here + step]]
     return np.concatenate(found)
 
 
