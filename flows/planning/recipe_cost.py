@@ -53,8 +53,7 @@ RECOMPUTED = {"none": 0.0, "selective": 0.6, "full": 1.0}
 bf16, where it costs a fifth of a step (make bench-model)."""
 ADOPTED_PX = 512  # side of adopted images that a plan counts with: nobody has looked at them yet
 READ_AHEAD_STEPS = 2  # steps whose pixels a rank holds: the one that is trained on, and the next
-
-
+NEAR_BYTES = 90  # of memory a sample that near duplicates take, whatever memory_limit says
 NEW_SHARE = 0.02
 """Of all data, what a week adds to it: a fiftieth."""
 
@@ -144,6 +143,10 @@ def estimate_data(recipe: Recipe) -> Iterator[Line]:
     image_px = recipe.download.image_px
     size = f"{expected_bytes(expected_samples(recipe), image_px) / 1e12:,.1f} TB"
     yield Line("images", size, f"{expected_bytes(1, image_px):,} bytes a sample at {image_px} px")
+    if recipe.dataset.near_duplicates == "drop":
+        memory = f"{expected_samples(recipe) * NEAR_BYTES / 1e9:,.1f} GB, on one core"
+        origin = f"{NEAR_BYTES} bytes a sample, whatever memory_limit says; make bench-scale"
+        yield Line("near duplicates, memory", memory, origin)
     days = f"{wanted / (URLS_PER_MACHINE_S * MACHINES) / 86_400:,.1f} days"
     origin = f"{URLS_PER_MACHINE_S:,} URLs/s on 16 cores, img2dataset's documentation"
     yield Line(f"download on {MACHINES} machines", days, origin)

@@ -9,7 +9,6 @@ so that none of them brings back a copy that was left out beside the sample that
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
@@ -45,7 +44,7 @@ def _read_evaluation_images(folders: Sequence[Path]) -> tuple[set[str], Hashes]:
     digests: set[str] = set()
     looks = np.empty(0, np.uint64)
     for folder in folders:
-        hashes = hash_images(iterate_images(folder), threads=len(os.sched_getaffinity(0)))
+        hashes = hash_images(iterate_images(folder))
         if not len(hashes):
             raise InputError(
                 f"{folder} holds no image: give a folder of image files or of webdataset tars"

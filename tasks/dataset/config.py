@@ -118,7 +118,7 @@ class DatasetConfig(ScoreRules):
     exact_duplicates: Literal["drop", "keep"] = "drop"
     """Samples whose image has the same bytes as an earlier one's, as downloaded or as stored."""
     near_duplicates: Literal["drop", "keep"] = "keep"
-    """Samples whose image looks like an earlier one's; takes 16 bytes of memory a sample."""
+    """Samples whose image looks like an earlier one's; takes 90 bytes of memory a sample."""
     evaluation_sets: tuple[str, ...] = ()
     """Folders of evaluation images or webdatasets; what has their bytes or their look is left
     out. A leading `demo:` means inside the demo artifact."""
@@ -147,7 +147,7 @@ class DatasetConfig(ScoreRules):
     `[train.validation]` measures on. Copies of their images may be trained on where duplicates are
     kept."""
     memory_limit: str = Field(default="2GB", pattern=r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$")
-    """Memory of the database; what does not fit goes to disk."""
+    """Memory of the database; what does not fit goes to disk. Masks take 3 bytes a sample more."""
 
     @property
     def asks_features(self) -> bool:

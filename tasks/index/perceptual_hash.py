@@ -165,11 +165,11 @@ class ImageHashes:
         return len(self.sha256)
 
 
-def hash_images(images: Iterable[bytes], threads: int) -> ImageHashes:
+def hash_images(images: Iterable[bytes]) -> ImageHashes:
     digests: list[str] = []
     looks, decoded = [np.empty(0, np.uint64)], [np.empty(0, np.bool_)]
     coming = iter(images)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         while batch := list(islice(coming, _AT_ONCE)):
             digests += [hashlib.sha256(image).hexdigest() for image in batch]
             greys = list(pool.map(_decode_grey, batch))

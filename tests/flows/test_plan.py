@@ -132,6 +132,13 @@ def test_data_stages_are_planned_by_their_laws_on_any_machines() -> None:
             Workers.parse_spec(wrong)
 
 
+def test_memory_of_near_duplicates_is_said_where_they_are_looked_for() -> None:
+    what = "near duplicates, memory"
+    for rule, said in ("keep", None), ("drop", "99.9 GB, on one core"):
+        recipe = load_recipe("eva02-clip-b-16", [f"dataset.near_duplicates={rule}"])
+        assert {line.what: line.figure for line in estimate_data(recipe)}.get(what) == said
+
+
 def test_a_retrainings_hours_are_those_of_its_own_samples() -> None:
     recipe = load_recipe("eva02-clip-b-16", ["retrain.samples_seen=1310720000"])
     lines = training_table(recipe, Machines.parse_spec("64xA100-40GB@2"), None)

@@ -23,7 +23,7 @@ def encoded(seed: int, kind: str = "PNG") -> bytes:
 def test_every_image_has_its_hashes_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perceptual_hash, "_AT_ONCE", 3)
     images = [encoded(0), b"no image", encoded(1, "WEBP"), encoded(2)[:-40], encoded(0), b""]
-    found = hash_images(iter(images), threads=2)
+    found = hash_images(iter(images))
     assert len(found) == 6
     assert list(found.sha256) == [hashlib.sha256(image).hexdigest() for image in images]
     assert found.decoded.tolist() == [True, False, True, False, True, False]
@@ -33,5 +33,5 @@ def test_every_image_has_its_hashes_in_its_place(monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_images_are_no_hashes() -> None:
-    found = hash_images([], threads=1)
+    found = hash_images([])
     assert (found.sha256, found.looks.shape, found.decoded.shape) == ((), (0,), (0,))

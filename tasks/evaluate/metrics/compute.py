@@ -5,7 +5,6 @@ Looks are compared with 64 bits, so that pictures of little content (blank ones,
 text) may be taken for each other: figures without such images are a bound, not a correction.
 """
 
-import os
 import runpy
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -149,8 +148,7 @@ def hash_set(evalset: EvalSet, blocks: Path) -> ImageHashes:
     if file.is_file():
         with np.load(file) as kept:
             return ImageHashes(tuple(kept["sha256"].tolist()), kept["looks"], kept["decoded"])
-    threads = len(os.sched_getaffinity(0))
-    hashes = hash_images((sample.image.read() for sample in evalset.samples), threads)
+    hashes = hash_images(sample.image.read() for sample in evalset.samples)
     blocks.mkdir(parents=True, exist_ok=True)
     with replace_file(file) as beside, beside.open("wb") as stream:
         np.savez(stream, sha256=hashes.sha256, looks=hashes.looks, decoded=hashes.decoded)

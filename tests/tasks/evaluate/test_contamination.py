@@ -64,7 +64,7 @@ def trained_on(
     """A version of a dataset of these images (None: one that cannot be decoded), as its stages
     leave it."""
     folder.mkdir()
-    hashes = hash_images([image or b"" for image in images], threads=1)
+    hashes = hash_images([image or b"" for image in images])
     rows = [
         {name: None for name in COLUMNS.names}
         | {"key": str(number), "uid": f"uid {number}", "source": "s", "sha256": digest}
@@ -143,9 +143,9 @@ def test_a_stored_image_counts_as_much_as_the_downloaded_one(
 def test_sets_are_told_apart_in_one_pass(evalset: EvalSet, tmp_path: Path) -> None:
     data = trained_on(tmp_path / "v", [photograph(2), photograph(50)], {})
     sets = {
-        "first": hash_images([photograph(n) for n in (1, 2)], 1),
-        "second": hash_images([photograph(n) for n in (50, 51)], 1),
-        "unreadable": hash_images([b"no image"], 1),
+        "first": hash_images([photograph(n) for n in (1, 2)]),
+        "second": hash_images([photograph(n) for n in (50, 51)]),
+        "unreadable": hash_images([b"no image"]),
     }
     found = seen_in_training(sets, [data], 4, report_nothing)
     assert {name: mask.tolist() for name, mask in found.items()} == {
