@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 after a mistake of the user's."""
     try:
         status = commands(arguments, prog_name="evaclip", standalone_mode=False)
-    except (InputError, TyperException, PermissionError) as error:
+    except (InputError, TyperException, OSError) as error:
         text = error.format_message() if isinstance(error, TyperException) else str(error)
         print(f"evaclip: {escape_control(text)}", file=sys.stderr)
         return 2

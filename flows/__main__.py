@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
         status = commands(arguments, prog_name="python -m flows", standalone_mode=False)
-    except (InputError, TyperException, PermissionError) as error:
+    except (InputError, TyperException, OSError) as error:
         console.file.flush()
         text = error.format_message() if isinstance(error, TyperException) else str(error)
         print(f"error: {escape_control(text)}", file=sys.stderr)

@@ -55,7 +55,7 @@ MAX_SAMPLES = 1 << 24
 """Of a shard whose tombstones are read."""
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif"),
-    *("png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
+    *("png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "avif"),
 )
 """What may name a sample's image; what the image is, its bytes decide."""
 CAPTION_EXTENSIONS = ("txt", "text", "caption")
@@ -356,7 +356,7 @@ def _read_sample(
     caption = ""
     if caption_member is not None and caption_member.size <= MAX_TEXT_BYTES:
         try:
-            caption = str(caption_member.view_content(tar), "utf-8")
+            caption = str(caption_member.view_content(tar), "utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError:
             flaw = flaw or MemberFlaw.CAPTION_NOT_UTF8
     elif caption_member is not None:

@@ -33,6 +33,7 @@ from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.reading.samples import BrokenShard, MemberFlaw, read_samples
+from evaclip_model.reading.table_columns import local_path, match_column, tell_delimiter
 from evaclip_model.zeroshot import encode_chunks
 from evaclip_model.zeroshot.encode_chunks import IMAGE_CHUNK, EvaSubject
 
@@ -40,9 +41,8 @@ PART_ROWS = 4096
 AT_ONCE = 16 * IMAGE_CHUNK
 """Rows in memory at the same time; of their images two chunks. A part none of whose first so many
 rows can be encoded ends the work."""
-_IMAGES = ("image", "image_path", "path", "filepath", "file_name", "filename")
-COLUMNS = (("id", "uid", "key"), _IMAGES, ("caption", "text"))
-"""Where a table's rows have their id, image and caption: the first that there is of each."""
+PARTS = ("ids", "images", "captions")
+"""Of a table's row, each in a column that is known by its name."""
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 _MADE_OF, _UNREADABLE = b"evaclip", ".unreadable.json"
 Flaws = list[tuple[str, str]]
@@ -179,10 +179,10 @@ def _read_table(table: Path) -> Iterator[Row]:
     folder, number = Path(os.path.abspath(table.parent)), 0
     try:
         for number, row in enumerate(_read_values(table)):
-            places = [next((n for n in names if n in row), "") for names in COLUMNS]
+            places = [match_column(filter(None, row), part) for part in PARTS]
             if not any(places[1:]):
-                has, known = ", ".join(map(str, row)), ", ".join(chain(*COLUMNS[1:]))
-                raise InputError(f"{table} has columns {has}: expected one of {known}")
+                has = ", ".join(map(str, row))
+                raise InputError(f"{table} has columns {has}: expected one of image, path, text …")
             named, image, caption = map(row.get, places)
             if isinstance(image, Mapping):  # as Hugging Face has them
                 image = image.get("bytes") or image.get("path")
@@ -191,7 +191,7 @@ def _read_table(table: Path) -> Iterator[Row]:
             elif caption and not isinstance(caption, str):
                 image = "caption_not_text"
             elif image and isinstance(image, str):  # the table may be a stranger's
-                path = Path(os.path.abspath(folder / image))
+                path = Path(local_path(f"{folder}/{image}" if image[0] != "/" else image))
                 image = path if path.is_relative_to(folder) else "outside_folder"
             elif not image or not isinstance(image, bytes):
                 image = "no_image" if places[1] else None if caption else "no_caption"
@@ -205,8 +205,7 @@ def _read_values(table: Path) -> Iterator[Mapping[str, Any]]:
     kind = table.suffix.lower()
     if kind == ".parquet":
         file = pq.ParquetFile(table, buffer_size=1 << 20)  # not a group of rows at once
-        known = set(chain(*COLUMNS))
-        wanted = [name for name in file.schema_arrow.names if name in known]
+        wanted = [name for part in PARTS if (name := match_column(file.schema_arrow.names, part))]
         for group in range(file.num_row_groups):  # each iteration holds all that it has read
             for batch in file.iter_batches(IMAGE_CHUNK, [group], wanted or None):
                 yield from batch.to_pylist()
@@ -220,7 +219,9 @@ def _read_values(table: Path) -> Iterator[Mapping[str, Any]]:
         elif kind == ".txt":
             yield from ({"caption": line.rstrip("\r\n")} for line in text)
         else:
-            yield from csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")
+            delimiter = "\t" if kind == ".tsv" else tell_delimiter(text.readline())
+            text.seek(0)
+            yield from csv.DictReader(text, delimiter=delimiter)
 
 
 def _write_part(

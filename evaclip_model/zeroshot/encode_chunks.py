@@ -25,6 +25,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import refuse_special
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.reading.image_decoder import MAX_BYTES, UnreadableImageError, decode_image
+from evaclip_model.reading.samples import IMAGE_EXTENSIONS
 from evaclip_model.reading.transform import image_transform
 from evaclip_model.tokenizer.tokenizer import PAD_TOKEN, tokenize
 from evaclip_model.zeroshot.exact_ranks import normalise_features
@@ -160,9 +161,8 @@ def encode_text_chunk(subject: Subject, tokens: Tensor) -> Tensor:
         return normalise_features(encoded.cpu(), "text")
 
 
-_KINDS = "avif bmp gif heic jfif jpe jpeg jpg pgm png ppm tif tiff webp"
-IMAGE_SUFFIXES = tuple(f".{kind}" for kind in _KINDS.split())
-"""Endings, in any case, of the files of a folder that are taken for images."""
+IMAGE_SUFFIXES = tuple(f".{kind}" for kind in (*IMAGE_EXTENSIONS, "heic", "ico", "jp2", "jxl"))
+"""Endings, in any case, of images in a folder, also of forms that are named but not opened."""
 
 
 def image_files(source: Path) -> list[Path]:

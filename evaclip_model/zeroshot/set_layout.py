@@ -2,7 +2,7 @@
 
 classnames.txt, zeroshot_classification_templates.txt    one a line (sets with classes)
 dataset_type.txt                                         "retrieval" or "multilabel"
-test/nshards.txt, test/0.tar ... test/N-1.tar            KEY.webp|png|jpg|jpeg, and with it
+test/nshards.txt, test/0.tar ... test/N-1.tar            KEY.webp|png|jpg|..., and with it
                                                          KEY.cls, .npy or .txt, by its kind
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.reading.samples import IMAGE_EXTENSIONS
 from evaclip_model.reading.urls import read_text
 
 CLASSNAMES = "classnames.txt"
@@ -22,7 +23,6 @@ SPLIT = "test"
 TRAIN = "train"
 """Folder beside it of the tars that probes learn from; a whole set may lie there instead."""
 SHARDS = "nshards.txt"
-IMAGE_EXTENSIONS = frozenset({"webp", "png", "jpg", "jpeg"})
 
 _ANSWER_BYTES = 16 << 20
 """Most that a label, a vector or the captions of one image may take."""

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.reading.samples import BrokenShard, read_samples
+from evaclip_model.reading.table_columns import match_column
 from evaclip_model.reading.urls import is_url
 from tasks.adopt import read_pairs as reading
 from tasks.adopt.config import AdoptConfig, AdoptedSource, Form
@@ -196,8 +197,7 @@ def _is_metadata(found: FoundSource) -> bool:
     if found.form not in ("table", "parquet"):
         return False
     names, typed = reading.column_types(found.source, found.files[0])
-    is_without = not typed and not set(names) & set(reading.IMAGE_COLUMNS)
-    return is_without and bool(set(names) & set(reading.URL_COLUMNS))
+    return bool(match_column(names, "urls") and not (typed or match_column(names, "images")))
 
 
 def _inspect_shards(found: FoundSource, read_files: int) -> SourceInspection:

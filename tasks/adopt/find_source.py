@@ -62,7 +62,7 @@ def find_source(source: AdoptedSource) -> FoundSource:
     form = source.form or _tell_form(source, files, where)
     chosen = tuple(file for file in files if _may_be(form, file.lower()))
     if form == "table":  # beside another table, JSON is what is said of it
-        chosen = tuple(file for file in chosen if not _is_json(file)) or chosen
+        chosen = tuple(file for file in chosen if _file_suffix(file) != "json") or chosen
     if not chosen:
         among = f"none of {len(files):,} files in {source.files}"
         raise InputError(f"{where}: {among} is of the form '{form}', the first is {files[0]}")
@@ -121,6 +121,8 @@ def _list_files(pattern: str, where: str) -> tuple[str, list[str]]:
     """(folder that holds them, files) that a pattern names, sorted."""
     if pattern.startswith("file://"):
         pattern = pattern.removeprefix("file://")
+    if os.path.lexists(pattern):
+        pattern = glob.escape(pattern)  # a name may hold any sign
     expanded = _expand_braces(pattern, where) if "{" in pattern else [pattern]
     if len(expanded) == 1 and not _WILD & set(pattern):
         if _is_folder(pattern):
@@ -166,7 +168,7 @@ def _listed_files(path: str, where: str) -> tuple[str, list[str]]:
     if missing:
         raise InputError(
             f"{where}: {len(missing):,} of the {len(named):,} files that {path} lists are missing, "
-            f"the first is in line {missing[0]}: {lines[missing[0] - 1]}"
+            f"the first is in line {missing[0]}: {lines[missing[0] - 1]} (a table ends in .csv)"
         )
     local = [posixpath.dirname(file) for file in named.values() if not is_url(file)]
     return os.path.commonpath(local) if local else folder, list(dict.fromkeys(named.values()))
@@ -217,10 +219,6 @@ def _file_suffix(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in posixpath.basename(name) else ""
 
 
-def _is_json(file: str) -> bool:
-    return _file_suffix(file) == "json"
-
-
 def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
     """The form that the files have; refuse none, and two that exclude each other."""
     by_suffix: defaultdict[str, list[str]] = defaultdict(list)
@@ -232,9 +230,8 @@ def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
     images = [file for suffix in IMAGE_EXTENSIONS for file in by_suffix[suffix]]
     captions = {file.rpartition(".")[0] for end in CAPTION_EXTENSIONS for file in by_suffix[end]}
     paired = sum(file.rpartition(".")[0] in captions for file in images)
-    json_files = [] if paired or by_suffix["parquet"] else by_suffix["json"]
-    texts = [file for file in files if text_format(file) is not None and not _is_json(file)]
-    text = texts or json_files
+    json_files = [] if paired or by_suffix["parquet"] or by_suffix["arrow"] else by_suffix["json"]
+    text = [one for one in files if text_format(one) and _file_suffix(one) != "json"] or json_files
     tables = text or by_suffix["parquet"]
     if packed:
         why = (
@@ -265,7 +262,8 @@ def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
         )
         why = (
             f"{source.files} holds {len(files):,} files ({', '.join(kinds)}), but no shards "
-            "(.tar), no images with captions, no table (.csv, .tsv, .jsonl, .json) and no parquet"
+            "(.tar), no images with captions, no table (.csv, .tsv, .jsonl, .json) and no parquet "
+            "(which to_parquet makes of .arrow)"
         )
     raise InputError(f"{where}: {why}")
 
@@ -305,5 +303,6 @@ def _refuse_without_pairs(found: FoundSource, where: str) -> None:
     members = sorted({name for parts in looked_at for name in parts})
     raise InputError(
         f"{where}: {first} has no image with a .txt beside it among its first {len(looked_at):,} "
-        f"samples, only members named {', '.join(f'.{name}' for name in members) or 'none'}"
+        f"samples, only members named {', '.join(f'.{name}' for name in members) or 'none'}: a "
+        "sample is NAME.jpg and NAME.txt, one behind the other, and NAME ends at its first dot"
     )

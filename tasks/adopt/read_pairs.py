@@ -7,42 +7,25 @@ the bytes where there is none) and its caption: it stays the same wherever the s
 """
 
 import hashlib
-import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from enum import StrEnum
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading import samples
+from evaclip_model.reading import samples, table_columns
 from evaclip_model.reading.image_decoder import identify_format
 from evaclip_model.reading.tar_file import BrokenTar
 from evaclip_model.reading.urls import is_url, open_binary
+from tasks.adopt import find_source as finding
 from tasks.adopt.config import AdoptedSource
-from tasks.adopt.find_source import (
-    FoundSource,
-    find_source,
-    is_image_type,
-    is_pair,
-    iterate_members,
-)
+from tasks.adopt.find_source import FoundSource
 from tasks.tables.parquet_tables import parquet_schema, read_parquet_rows
 from tasks.tables.text_tables import column_names, parse_list, read_text_table, text_format
 
-IMAGE_COLUMNS = (
-    *("image", "file_name", "image_path", "filepath", "filename", "image_file", "img"),
-    *("path", "file", "jpg", "png", "image_name"),
-)
-CAPTION_COLUMNS = ("caption", "text", "TEXT", "captions", "title", "sentence", "description")
-URL_COLUMNS = ("url", "URL", "image_url")
 ROWS_AT_ONCE = 64
-EXTENSIONS = {
-    format: "jpg" if format == "JPEG" else "tif" if format == "TIFF" else format.lower()
-    for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-}
-"""What a packed image is called, by its format."""
 
 
 class PairFlaw(StrEnum):
@@ -61,7 +44,7 @@ class PairFlaw(StrEnum):
 class FoundPair(NamedTuple):
     image: bytes
     extension: str
-    """One of `EXTENSIONS`."""
+    """One of `samples.IMAGE_EXTENSIONS`."""
     caption: str
     record: dict[str, str]
 
@@ -98,7 +81,7 @@ def read_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
 def count_pairs(source: AdoptedSource, enough: int) -> int | None:
     """The pairs that a source has at most, counted until there are `enough`, without opening an
     image; None where only fetching or verifying its shards could tell."""
-    found, counted = find_source(source), 0
+    found, counted = finding.find_source(source), 0
     if found.form == "shards" and any(map(is_url, found.files)):
         return None
     try:
@@ -112,7 +95,8 @@ def count_pairs(source: AdoptedSource, enough: int) -> int | None:
 
 def _count_each(found: FoundSource) -> Iterator[int]:
     if found.form == "shards":
-        return (int(is_pair(parts)) for file in found.files for parts in iterate_members(file))
+        members = chain.from_iterable(map(finding.iterate_members, found.files))
+        return map(int, map(finding.is_pair, members))
     if found.form == "folder":
         return (len(images) for captions, images in _group_by_stem(found) if captions)
     rows = (row for file in found.files for row in _iterate_rows(found, file, has_images=False))
@@ -175,7 +159,7 @@ def column_types(source: AdoptedSource, file: str) -> tuple[list[str], list[str]
     if (kind := text_format(file)) is not None:
         return column_names(file, kind, source.quoting, source.header), []
     schema = parquet_schema(file, f"adopt.sources '{source.name}'")
-    return schema.names, [field.name for field in schema if is_image_type(field.type)]
+    return schema.names, [field.name for field in schema if finding.is_image_type(field.type)]
 
 
 def _row_pairs(found: FoundSource, file: str, row: _Row) -> Iterator[FoundPair | NoPair]:
@@ -208,19 +192,13 @@ def _row_pairs(found: FoundSource, file: str, row: _Row) -> Iterator[FoundPair |
             )
         root, written = found.source.image_root or posixpath.dirname(file), held
         held = held if is_url(held) else posixpath.join(root, held)
-        held = held if is_url(held) else _local_path(held)
+        held = held if is_url(held) else table_columns.local_path(held)
         if not _is_below(found.source.within or root, held):
             yield NoPair(where, PairFlaw.OUTSIDE_FOLDER)
             return
     origin = f"{found.name_of(file)}:{row.place.split()[1]}"
     for caption in captions or [""]:
         yield _check_pair(found, where, origin, held, caption, url, written)
-
-
-def _local_path(written: str) -> str:
-    """The absolute path; one that Windows wrote, unless there is such a file."""
-    path = posixpath.abspath(written)
-    return path if os.path.exists(path) else posixpath.abspath(written.replace("\\", "/"))
 
 
 def _is_below(folder: str, place: str) -> bool:
@@ -238,27 +216,25 @@ def _strip_captions(texts: Sequence[Any]) -> list[str]:
     return [text for text in said if text]
 
 
-def _find_columns(source: AdoptedSource, file: str) -> tuple[str, str, str | None]:
-    """Names of the columns of image, caption and, if there is one, address; refuse a table that
-    lacks one."""
+def _find_columns(source: AdoptedSource, file: str) -> tuple[str, str, str]:
+    """Names of the columns of image, caption and address, "" where there is none of the last;
+    refuse a table that lacks one."""
     names, typed = column_types(source, file)
     where = f"{file}: adopt.sources '{source.name}'"
     known = f"its columns are {', '.join(names) or 'none'}"
-    if any(";" in name for name in names):
-        known += " (values of a .csv stand between commas)"
     for part, name in (("image", source.image), ("caption", source.caption)):
         if name is not None and name not in names:
             raise InputError(f"{where} has no column '{name}' for its {part}; {known}")
-    image = source.image or next((n for n in (*typed, *IMAGE_COLUMNS) if n in names), None)
-    caption = source.caption or next((name for name in CAPTION_COLUMNS if name in names), None)
-    url = next((name for name in URL_COLUMNS if name in names), None)
-    if image is None and url is not None:
+    image = source.image or next(iter(typed), table_columns.match_column(names, "images"))
+    caption = source.caption or table_columns.match_column(names, "captions")
+    url = table_columns.match_column(names, "urls")
+    if url and not image:
         raise InputError(
             f"{where} holds addresses of images ({url}), not images: name it in [[merge.sources]] "
             "and let [download] fetch them"
         )
-    if image is None or caption is None:
-        part = "image" if image is None else "caption"
+    if not (image and caption):
+        part = "caption" if image else "image"
         raise InputError(f"{where}: which column is its {part}? Set '{part}'; {known}")
     return image, caption, url
 
@@ -302,5 +278,6 @@ def _read_file(location: str, most: int) -> bytes | PairFlaw:
 
 
 def _image_extension(content: bytes) -> str:
-    """The format that an image's first bytes show; empty when it is none that is opened."""
-    return EXTENSIONS.get(identify_format(content) or "", "")
+    """The extension of the format that an image's first bytes show; empty when none is opened."""
+    kind = (identify_format(content) or "").lower()
+    return {"tiff": "tif", "jpeg": "jpg"}.get(kind, kind)

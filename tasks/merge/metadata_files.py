@@ -24,7 +24,8 @@ Format = Literal["parquet"] | TextFormat
 
 def find_metadata(pattern: str, where: str) -> list[str]:
     """The files that a local glob or a URL with wildcards names, sorted; at least one."""
-    found = list_store(pattern, "glob") if is_url(pattern) else glob.glob(pattern)
+    local = [pattern] if Path(pattern).exists() else glob.glob(pattern)  # names hold any sign
+    found = list_store(pattern, "glob") if is_url(pattern) else local
     if not found:
         raise InputError(f"{where}: no file matches '{pattern}'")
     for file in found:

@@ -24,6 +24,7 @@ from itertools import count, islice
 from typing import Any, Literal, NamedTuple
 
 from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.reading.table_columns import tell_delimiter
 from evaclip_model.reading.urls import open_binary
 
 Quoting = Literal["auto", "quotes", "none"]
@@ -217,7 +218,7 @@ def _read_lines(path: str, reader: io.BufferedReader) -> Iterator[_Line]:
 def _csv_rows(path: str, quoting: Quoting) -> Iterator[tuple[int, list[str], LineFlaw | None]]:
     """(number, values, flaw) of every row; lenient: what follows no rule for quotes has none."""
     is_tsv, lines = _file_suffix(path) == ".tsv", _iterate_lines(path)
-    delimiter, is_lenient = "\t" if is_tsv else ",", is_tsv and quoting == "auto"
+    delimiter, is_lenient = "\t" if is_tsv else "", is_tsv and quoting == "auto"
     waiting: deque[_Line] = deque()
     width: int | None = None
 
@@ -226,6 +227,7 @@ def _csv_rows(path: str, quoting: Quoting) -> Iterator[tuple[int, list[str], Lin
 
     while (first := following()) is not None:
         number, text, flaw = first
+        delimiter = delimiter or tell_delimiter(text)
         values: list[str] | None = None
         if flaw is None and (quoting == "none" or '"' not in text):
             values = text.split(delimiter)
@@ -265,7 +267,10 @@ def _quoted_row(
         text += "\n" * (more[0] - number - text.count("\n")) + more[1]
 
 
-_NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str).decode
+parse_as_written = json.JSONDecoder(
+    parse_float=str, parse_int=str, parse_constant=lambda _: None
+).decode
+"""JSON whose numbers are texts; NaN is a gap, which Python's libraries write so."""
 
 
 def _json_row(line: _Line) -> TextRow:
@@ -273,12 +278,12 @@ def _json_row(line: _Line) -> TextRow:
     if flaw is not None:
         return TextRow(number, {}, flaw)
     try:
-        found = _NUMBERS_AS_WRITTEN(text)
+        found = parse_as_written(text)
         if not isinstance(found, dict):
             return TextRow(number, {}, LineFlaw.NOT_JSON)
         for name, value in found.items():
             if not isinstance(value, str):
-                nested = None if isinstance(value, dict) else json.loads(text)[name]
+                nested = json.loads(text)[name] if isinstance(value, list | bool) else None
                 found[name] = None if nested is None else json.dumps(nested, ensure_ascii=False)
             elif not value.isascii():  # halves of characters, which no text file can hold
                 found[name] = value.encode("utf-8", "replace").decode()

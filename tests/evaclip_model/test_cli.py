@@ -183,6 +183,15 @@ def test_a_checkpoint_is_written_in_another_form_and_read_back(saved, tmp_path, 
     assert all(torch.equal(ours[key], theirs[key]) for key in decided)
 
 
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_a_file_in_the_place_of_a_folder_is_one_sentence(saved, tmp_path, capsys, below):
+    (tmp_path / "taken").touch()
+    place = tmp_path / f"taken{below}"
+    assert run("convert", saved / "model", place, "--as", "native") == 2
+    said = capsys.readouterr().err
+    assert str(place) in said and said.count("\n") == 1
+
+
 def test_weights_alone_do_not_say_their_architecture(saved, tmp_path, capsys):
     weights = saved / "model" / "model.safetensors"
     assert run("convert", weights, tmp_path / "x", "--as", "native") == 2

@@ -172,6 +172,20 @@ def test_an_image_without_a_caption_has_a_vector_and_a_text_has_no_image(given, 
     assert lines[0]["text"] == bare[1]["text"] and bare[0]["image"] != bare[1]["image"]
 
 
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("a.csv", "Image, title"), ("b.csv", "filepath\ttitle"), ("c.csv", "img_path;captions")],
+)
+def test_a_strangers_table_loses_no_column(given, model, tmp_path, name, head):
+    (tmp_path / "sub").mkdir()
+    shutil.copy(given / "pictures/00.png", tmp_path / "sub")
+    sign = next(one for one in "\t;," if one in head)
+    (tmp_path / name).write_text(f"{head}\nsub\\00.png{sign}rain\n")
+    assert embed_inputs(model, [tmp_path / name], tmp_path / "out")[0] == 1
+    [row] = pq.read_table(next((tmp_path / "out").glob("*.parquet"))).to_pylist()
+    assert row["caption"] == "rain" and row["image"] and row["text"]
+
+
 def test_where_nothing_can_be_encoded_the_work_ends_early(model, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_files, "AT_ONCE", 8)
     (tmp_path / "wrong.csv").write_text("path\n" + "nowhere.png\n" * 100)

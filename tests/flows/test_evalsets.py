@@ -75,6 +75,10 @@ def test_a_mistake_is_one_sentence(animals: Path, capsys: pytest.CaptureFixture[
     assert "has 2 classes, but Oxford-IIIT Pets has 37" in capsys.readouterr().err
     assert evalsets("convert", "videos", animals, folder, "--templates", "none") == 2
     assert "has no video in its folders" in capsys.readouterr().err
+    (animals.parent / "taken").touch()
+    taken = animals.parent / "taken"
+    assert evalsets("convert", "imagefolder", animals, taken, "--templates", "none") == 2
+    assert f"Not a directory: '{taken}'" in capsys.readouterr().err
     assert evalsets("convert", "captions", "no.json", animals, folder) == 2
     assert "no.json is missing" in capsys.readouterr().err
     assert evalsets("check", animals) == 2

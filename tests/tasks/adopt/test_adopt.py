@@ -255,6 +255,10 @@ TABLES = {
     "captions.csv": 'image,caption\nimg/0.jpg,1984\nimg/1.jpg,"a cat, a dog"\nimg/9.jpg,gone\n,x\n',
     "captions.tsv": "image\tcaption\nimg/0.jpg\t1984\n"
     "img/1.jpg\ta cat, a dog\nimg/9.jpg\tgone\n\tx\n",
+    "open_clip.csv": "filepath\ttitle\n"
+    "img/0.jpg\t1984\nimg/1.jpg\ta cat, a dog\nimg/9.jpg\tgone\n\tx\n",
+    "results.csv": "Image_Name; comment\n"
+    "img/0.jpg; 1984\nimg/1.jpg; a cat, a dog\nimg/9.jpg; gone\n; x\n",
     "metadata.jsonl": '{"file_name": "img/0.jpg", "text": 1984}\n'
     '{"file_name": "img/1.jpg", "text": "a cat, a dog"}\n'
     '{"file_name": "img/9.jpg", "text": "gone"}\n{"text": "x"}\n',
@@ -366,6 +370,16 @@ def make_documents(folder: Path) -> None:
     (folder / "a.pdf").write_bytes(b"x")
 
 
+def make_arrow(folder: Path) -> None:
+    """What `save_to_disk` of Hugging Face's datasets writes."""
+    (folder / "data-00000-of-00001.arrow").write_bytes(b"x")
+    (folder / "state.json").write_text('{"_data_files": []}')
+
+
+def make_shards_by_input_and_output(folder: Path) -> None:
+    pack(folder / "0.tar", [{"__key__": "a", "input.jpg": picture(0), "outputs.txt": "a cat"}])
+
+
 def make_lost_images(folder: Path) -> None:
     (folder / "a.csv").write_text("image,caption\n1.jpg,a cat\n2.jpg,a dog\n")
 
@@ -381,6 +395,8 @@ def make_lost_images(folder: Path) -> None:
         (make_other_columns, r"which column is its image\? .* bild, caption"),
         (make_images_and_table, "set form = 'folder'"),
         (make_documents, r"1 files \(\.pdf\), but no shards"),
+        (make_arrow, r"2 files \(\.arrow, \.json\), .* \(which to_parquet makes of \.arrow"),
+        (make_shards_by_input_and_output, r"\.input\.jpg, .* NAME ends at its first dot"),
         (make_lost_images, r"no image with a caption \(2 missing_file; the first is .*, line 2"),
     ],
 )
@@ -391,6 +407,38 @@ def test_what_cannot_be_adopted_is_one_sentence(tmp_path: Path, make: Any, sente
         adopted(tmp_path / "adopt", tmp_path / "data")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "adopt/adopted.jsonl").exists()
+
+
+def test_a_table_called_txt_is_told_how_to_be_called(tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text("image,caption\n0.jpg,a cat\n")
+    with pytest.raises(InputError, match=r"line 1: image,caption \(a table ends in \.csv\)"):
+        adopted(tmp_path / "adopt", tmp_path / "captions.txt")
+
+
+@pytest.mark.parametrize("named", ["photos [2024]", "photos [2024]/captions.csv"])
+def test_a_name_that_is_there_is_no_pattern(tmp_path: Path, named: str) -> None:
+    write_pictures(tmp_path / "photos [2024]", range(1))
+    (tmp_path / "photos [2024]/captions.csv").write_text("image,caption\n0.jpg,a cat\n")
+    assert adopted(tmp_path / "adopt", tmp_path / named).counts["mine.samples"] == 1
+
+
+def test_every_image_that_is_packed_is_one_to_who_reads_the_shard(tmp_path: Path) -> None:
+    forms = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+    for form in forms:
+        (tmp_path / form).write_bytes(picture(len(form), form))
+    rows = "".join(f"{form},noise {form}\n" for form in forms)
+    (tmp_path / "a.csv").write_text(f"image,caption\n{rows}")
+    adopted(tmp_path / "adopt", tmp_path / "a.csv")
+    [shard] = read_adopted(tmp_path / "adopt")
+    assert [one.flaw for one in read_samples(Path(shard.location))] == [None] * len(forms)
+
+
+def test_nan_is_no_caption(tmp_path: Path) -> None:
+    write_pictures(tmp_path, range(2))
+    rows = [{"image": "0.jpg", "caption": float("nan")}, {"image": "1.jpg", "caption": "NaN"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = adopted(tmp_path / "adopt", tmp_path / "a.jsonl")
+    assert (made.counts["left_out.no_caption"], made.counts["mine.samples"]) == (1, 1)
 
 
 def test_a_list_that_names_missing_shards_is_refused_with_their_number(tmp_path: Path) -> None:
@@ -459,7 +507,7 @@ def test_a_shard_that_changed_since_is_refused_and_its_source_has_another_mark(
 def test_names_and_captions_of_every_spelling_are_taken_from_tars(tmp_path: Path) -> None:
     members = {
         "./v1.0/a.JPG": picture(1),
-        "./v1.0/a.TXT": b"upper",
+        "./v1.0/a.TXT": b"\xef\xbb\xbfupper",
         "b.jpeg": picture(2),
         "b.caption": b"as trainers of other models write them",
         "c.png": picture(3, "PNG"),

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from PIL import Image
@@ -356,6 +358,25 @@ def test_a_table_that_is_not_utf8_says_how_to_save_it(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes("path,label\n1.jpg,café\n".encode("latin-1"))
     with pytest.raises(InputError, match="byte 20 is not UTF-8: save it as UTF-8"):
         read_rows(tmp_path / "x.csv")
+
+
+def test_captions_that_are_not_utf8_say_how_to_save_them(tmp_path: Path) -> None:
+    (tmp_path / "results.token").write_bytes("1.jpg#0\tcaf\u00e9\n".encode("latin-1"))
+    with pytest.raises(InputError, match="byte 11 is not UTF-8: save it as UTF-8"):
+        captioned_sources(tmp_path / "results.token", tmp_path)
+
+
+def test_nan_is_no_caption_of_a_list(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"image": "1.jpg", "text": NaN}\n')
+    with pytest.raises(InputError, match=r"1\.jpg has no caption"):
+        captioned_sources(tmp_path / "a.jsonl", tmp_path)
+
+
+def test_a_list_that_holds_the_images_themselves_says_so(tmp_path: Path) -> None:
+    images = [{"bytes": b"x" * 500, "path": "1.jpg"}]
+    pq.write_table(pa.table({"image": images, "caption": [["a", "b"]]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="row 1: 'image' holds images, not paths: write them"):
+        captioned_sources(tmp_path / "a.parquet", tmp_path)
 
 
 def test_a_split_that_is_not_there_is_named_beside_those_that_are(karpathy: Path) -> None:

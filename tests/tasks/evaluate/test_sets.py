@@ -119,6 +119,20 @@ def test_an_incomplete_sample_is_named(
         open_set("odd", folder, "classification")
 
 
+def test_images_of_every_form_that_training_reads_are_read(
+    tmp_path: Path, write: Callable[..., Path], disc: Callable[[str, int], bytes]
+):
+    texts = {"classnames": "x\n", "zeroshot_classification_templates": "{c}\n"}
+    members = [
+        ("a.TIF", disc("red", 1)),
+        ("a.cls", b"0"),
+        ("b.gif", disc("red", 2)),
+        ("b.cls", b"0"),
+    ]
+    found = open_set("c", write(tmp_path / "c", [members], **texts), "classification")
+    assert [sample.key for sample in found.samples] == ["a", "b"]
+
+
 def test_what_macos_and_pax_add_to_a_tar_is_no_sample(
     tmp_path: Path, write: Callable[..., Path], disc: Callable[[str, int], bytes]
 ):

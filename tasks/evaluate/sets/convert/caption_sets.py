@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.files import refuse_special
+from evaclip_model.reading.table_columns import match_column
 from evaclip_model.reading.urls import read_text
 from tasks.evaluate.sets.choice_questions import Question
-from tasks.evaluate.sets.convert.label_table import choose_split, match_column, read_rows
+from tasks.evaluate.sets.convert.label_table import choose_split, path_cell, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import FileFinder, image_source, walk_files
 from tasks.tables.text_tables import parse_list
@@ -47,8 +48,8 @@ def captioned_sources(listing: Path, images: Path, split: str = "test") -> list[
         captions = _read_listing(listing, split)
     except InputError:
         raise
-    except OSError as error:
-        raise InputError(f"{listing} cannot be read ({error.strerror}): {_FORMS}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{listing} cannot be read ({shorten_error(error)}): {_FORMS}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{listing} is not of a known form: {_FORMS}") from None
     if not captions:
@@ -93,10 +94,10 @@ def _read_listing(listing: Path, split: str) -> Captions:
         )
     return _group_captions(
         (
-            re.sub(r"#\d+$", "", str(row[image])),
+            re.sub(r"#\d+$", "", path_cell(row, image, where)),
             row[caption] if isinstance(row[caption], list) else [str(row[caption] or "")],
         )
-        for _, row in rows
+        for where, row in rows
     )
 
 
@@ -150,9 +151,7 @@ def choice_sources(listing: Path, images: Path) -> tuple[list[Source], list[Ques
     for where, row in _iterate_rows(listing):
         named, texts, pairs = _read_question(row, where)
         paths = [finder.find_file(name, where) for name in named]
-        for path in paths:
-            if path not in sources:
-                sources[path] = image_source(path, ())
+        sources |= {path: image_source(path, ()) for path in paths if path not in sources}
         keys = tuple(sources[path].name for path in paths)
         try:
             questions.append(Question(images=keys, texts=tuple(texts), pairs=tuple(pairs)))

@@ -21,17 +21,9 @@ from evaclip_model.zeroshot.set_layout import is_system_file
 from tasks.encoders.open_models import explain_import, import_torchvision
 from tasks.evaluate.sets.choice_questions import Question
 from tasks.evaluate.sets.class_order import ClassOrder, Words, order_classes
-from tasks.evaluate.sets.convert import shard_writer as tars
+from tasks.evaluate.sets.convert import shard_writer as tars, source_images as source
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources, choice_sources
 from tasks.evaluate.sets.convert.label_table import LabelTable, read_label_table
-from tasks.evaluate.sets.convert.source_images import (
-    class_folders,
-    image_source,
-    objectnet_classes,
-    path_inside,
-    stamp_of,
-    walk_files,
-)
 from tasks.evaluate.sets.convert.videos import find_videos
 from tasks.evaluate.sets.prompts import find_classnames
 from tasks.evaluate.sets.set_registry import Kind, KnownSet, TorchvisionSet, all_sets, find_set
@@ -47,8 +39,12 @@ def convert_imagefolder(
     their own names or with the labels of ImageNet's thousand that each of them stands for."""
     key = words.known.key if words.known else ""
     several, is_objectnet = key == OBJECTNET_1000, key in (OBJECTNET, OBJECTNET_1000)
-    words_of = objectnet_classes(root, several) if is_objectnet else class_folders(root)
-    images = [image_source(one, said) for at, said in words_of.items() for one in walk_files(at)]
+    words_of = (
+        source.objectnet_classes(root, several) if is_objectnet else source.class_folders(root)
+    )
+    images = list[tars.Source]()
+    for at, said in words_of.items():
+        images += [source.image_source(one, said) for one in source.walk_files(at)]
     if not images:
         raise InputError(f"{root} has no file in its folders")
     table, classes = LabelTable(images, [said[0] for said in words_of.values()], several), None
@@ -211,7 +207,7 @@ def _digest_lines(lines: Iterable[str]) -> str:
 def _stamp_of_files(root: Path) -> str:
     """16 hex digits over all files below `root`, by size and time of change."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    return _digest_lines(f"{path}\t{stamp_of(path)}" for path in files)
+    return _digest_lines(f"{path}\t{source.stamp_of(path)}" for path in files)
 
 
 Box = tuple[int, ...]
@@ -237,13 +233,13 @@ def read_voc(root: Path, whole: bool = False) -> LabelTable:
         raise InputError(f"{listing} is missing: expected the names of the images") from None
     found = []
     for image in images:
-        path = path_inside(root / "JPEGImages", f"{image}.jpg", "VOC's list of images")
+        path = source.path_inside(root / "JPEGImages", f"{image}.jpg", "VOC's list of images")
         boxes = _list_boxes(root / "Annotations" / f"{image}.xml", classes)
         if whole:
-            found.append(image_source(path, tuple({word for word, _ in boxes})))
+            found.append(source.image_source(path, tuple({word for word, _ in boxes})))
             continue
         for n, (word, box) in enumerate(boxes):
-            stamp = f"{stamp_of(path)} {box}"
+            stamp = f"{source.stamp_of(path)} {box}"
             found.append(tars.Source(f"{image}[{n}]", partial(_cut_box, path, box), stamp, (word,)))
     return LabelTable(found, classes, several=whole)
 

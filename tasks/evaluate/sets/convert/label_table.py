@@ -11,7 +11,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import Any
 
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.files import refuse_special
+from evaclip_model.reading.table_columns import match_column, tell_delimiter
 from evaclip_model.reading.urls import read_text
 from tasks.evaluate.sets.class_order import is_number
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import FileFinder, image_source
-from tasks.tables.text_tables import parse_list
+from tasks.tables.text_tables import parse_as_written, parse_list
 
-_COLUMNS = json.loads(Path(__file__).with_name("column_names.json").read_text())
 _JSON_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson", ".json")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".txt", ".lst", ".list", *_JSON_SUFFIXES)
 _FORMS = "expected .csv, .tsv, .jsonl, .parquet, or .txt with a path and a label a line"
@@ -80,14 +80,8 @@ def read_label_table(
     words_of: dict[Path, dict[str, None]] = {}
     rows_of: dict[Path, str] = {}
     for where, row in rows:
-        name = row.get(first)
-        if isinstance(name, Mapping):
-            raise InputError(
-                f"{where}: '{first}' holds images themselves, not paths: write them to files first"
-            )
-        if name in (None, ""):
-            raise InputError(f"{where} has no path in '{first}'")
-        path = finder.find_file(str(name), where)
+        name = path_cell(row, first, where)
+        path = finder.find_file(name, where)
         if indicators:
             words = _words_of_indicators(row, indicators, where)
         else:
@@ -148,11 +142,11 @@ def _json_rows(listing: Path) -> list[Row]:
     """The rows of a list of objects, or of JSON Lines, whatever the file is called."""
     text = read_text(listing)
     try:
-        rows = json.loads(text)
+        rows = parse_as_written(text)
     except json.JSONDecodeError as error:
         if not error.msg.startswith("Extra data"):
             raise
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = [parse_as_written(line) for line in text.split("\n") if line.strip()]
     if isinstance(rows, dict) and listing.suffix.lower() != ".json":
         rows = [rows]
     if not isinstance(rows, list):
@@ -199,7 +193,7 @@ def _read_cells(listing: Path, text: str, images: Path | None) -> Iterator[list[
     if suffix == ".tsv" or (suffix != ".csv" and "\t" in first):
         return _tab_separated(text)
     if suffix == ".csv":
-        return csv.reader(lines, delimiter=max(",;|\t", key=first.count))
+        return csv.reader(lines, delimiter=tell_delimiter(first))
     if "," in first and " " not in first.strip():
         return csv.reader(lines)
     return (_split_line(line.strip(), images) for line in text.splitlines())
@@ -234,11 +228,14 @@ def _tab_separated(text: str) -> Iterator[list[str]]:
     return csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def match_column(columns: Iterable[str], kind: str) -> str:
-    """The column with the first of the names in column_names.json that one has, of labels names
-    before numbers; "" where none has any."""
-    plain = {one.strip().casefold().replace(" ", "_"): one for one in reversed([*columns])}
-    return next((plain[name] for name in _COLUMNS[kind] if name in plain), "")
+def path_cell(row: Row, column: str, where: str) -> str:
+    """The path of an image in a row. Raises InputError: there is none, but the image perhaps."""
+    name = row.get(column)
+    if isinstance(name, Mapping | bytes):
+        raise InputError(f"{where}: '{column}' holds images, not paths: write them to files first")
+    if name in (None, ""):
+        raise InputError(f"{where} has no path in '{column}'")
+    return str(name)
 
 
 def _words_of(cell: Any, column: str, several: bool, where: str) -> list[str]:
