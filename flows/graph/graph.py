@@ -438,8 +438,8 @@ def dataset_step(
     judged: Judged = (),
 ) -> Step:
     """A dataset version; of `embed` the first model's features decide, if a rule asks them, or of
-    each part of the data those by which it was `judged`. One by features and scores is made from
-    that by features, which other thresholds share."""
+    each part of the data those by which it was `judged`. One by scores is made from that by all
+    other rules, which other thresholds share; a parent of it where those ask features."""
     marks = OutsideMarks(site.demo)
     inputs: Inputs = {Role.DATA: data}
     rules: dict[str, tuple[str, ...]] = {name: getattr(config, name) for name in RULES_IN_FILES}
@@ -453,10 +453,11 @@ def dataset_step(
             inputs[name] = ABSENT if ABSENT in found else hash_marks(found)
     asks_seen = config.asks_scores or config.asks_features
     seen = embed[: len(verifications_in(data))] if asks_seen and not judged else ()
-    base, by_features = None, config.without_scores()
-    if config.asks_features and (captions or config != by_features):
-        step = dataset_step(site, by_features, data, embed)
-        base = inputs[Role.BASE] = replace(step, title=f"{DATASET.name} by features")
+    base, by_rules = None, config.without_scores()
+    if (seen or config.asks_features) and (captions or config != by_rules):
+        base = dataset_step(site, by_rules, data, embed)
+        if config.asks_features:
+            base = inputs[Role.BASE] = replace(base, title=f"{DATASET.name} by features")
     role, found_by = (Role.JUDGED, judged) if judged else (Role.SCORES, seen)
     inputs |= {f"{role}{number:04d}": one for number, one in enumerate(found_by) if one}
     plain = Step(site.root, DATASET, config, dict(inputs), work=_not_run)
@@ -482,14 +483,14 @@ def dataset_step(
         sidecars = [(one, tuple(map(str, of))) for one, of in zip(captions, listed, strict=True)]
         outside = OutsideFiles(**files, captions=tuple(sidecars))
         ancestors = ancestors_of(finished_artifact(data), read_artifacts(site.root))
-        takedowns = Takedowns()
+        takedowns, before = Takedowns(), None
         if entries:  # the choice of the version without any takedowns is taken over, if there
             asked = sort_takedowns(entries)
             before = plain.folder if plain.is_finished else None
             takedowns = Takedowns(entries, lambda index: find_asked(index, asked), before)
         known = describe_judged(judged, data) if judged else None
         known = describe_seen(site, seen, data, profile) if seen else known
-        chosen = base.folder if base else None
+        chosen = base.make_artifact(profile, report).folder if base and not before else None
         return make_dataset(config, ancestors, outside, takedowns, out, report, known, chosen)
 
     what = "what is left out, as tombstones; a card"

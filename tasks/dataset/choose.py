@@ -128,7 +128,7 @@ class Choice:
     def count_reasons(self, start: int, stop: int) -> dict[str, int]:
         """Rows left out among `start` to `stop` (exclusive), by reason."""
         by_code = np.bincount(self._codes[start:stop], minlength=len(self._names))
-        return {n: int(c) for n, c in zip(self._names, by_code, strict=True) if n and c}
+        return {n: int(c) for n, c in sorted(zip(self._names, by_code, strict=True)) if n and c}
 
     def to_table(self) -> pa.Table:
         """(row, reason) of all that is left out, by row."""

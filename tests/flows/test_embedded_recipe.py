@@ -23,6 +23,7 @@ from flows.config.recipe import load_recipe
 from flows.graph.graph import Graph, adopt_step, draw_graph, embed_steps, join_step, verify_step
 from tasks.adopt.config import AdoptConfig
 from tasks.artifacts.artifact import Artifact, Role
+from tasks.dataset import choose, dataset
 from tasks.embed.search import Wanted
 from tasks.encoders.open_models import open_subject
 from tasks.progress import report_nothing
@@ -186,6 +187,34 @@ def test_features_decide_once_and_thresholds_take_their_choice_over(mine, model,
     card = (halved.folder / "card.md").read_text()
     assert "| score from | photos | kept | shards | kept |" in card
     assert "| 100.0% |" in card
+
+
+def test_another_threshold_takes_over_what_all_other_rules_chose(
+    mine: Mine, model: Path, embedded: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the version that the rules make from the beginning, at the same address as ever."""
+    table = pq.read_table(embedded["embed"].folder / "features/000000.parquet")
+    listed = mine.folder / "some.txt"
+    listed.write_text("".join(f"{uid}\n" for uid in table["uid"].to_pylist()[:5]))
+    changes = (f"embed.models=['{model}']", f"dataset.drop_uids=['{listed}']")
+    profile, rules = Profile(root=mine.root), choose.choose_samples
+    draw(mine, *changes, "dataset.min_score=-0.5").dataset.make_artifact(profile, report_nothing)
+    base = draw(mine, *changes).dataset
+    assert base.is_finished
+    monkeypatch.setattr(choose, "choose_samples", None)  # no rule is applied again
+    step = draw(mine, *changes, "dataset.keep_share=0.3").dataset
+    assert set(step.address.parents) == {"verify", "drop_uids", "scores0000"}
+    names = ("shards.json", "tombstones.bin", "report.json", "left_out.parquet", "card.md")
+    taken_over = step.make_artifact(profile, report_nothing)
+    assert taken_over.counts["left_out.low_score"] > 0 and taken_over.counts["left_out.listed"] == 5
+    files = [(taken_over.folder / name).read_bytes() for name in names]
+    shutil.rmtree(taken_over.folder)
+    shutil.rmtree(base.folder)
+    monkeypatch.setattr(choose, "choose_samples", rules)
+    make, at = dataset.make_dataset, "make_dataset"
+    monkeypatch.setattr(dataset, at, lambda *given: make(*given[:-1], None))  # without a base
+    scratch = step.make_artifact(profile, report_nothing)
+    assert [(scratch.folder / name).read_bytes() for name in names] == files
 
 
 def angles(left: np.ndarray, right: np.ndarray) -> np.ndarray:
