@@ -5,8 +5,9 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from evaclip_model.config import explain_error
@@ -37,7 +38,7 @@ class Profile(BaseSettings, Launch):
 
     model_config = _READ | SettingsConfigDict(env_prefix=Launch.PREFIX)
 
-    root: Path = Path("runs")
+    root: Annotated[Path, AfterValidator(Path.expanduser)] = Path("runs")  # no shell reads .env
     """Folder of all artifacts; also of the embedded servers' databases."""
     tracking_uri: str = Field(
         "", validation_alias=AliasChoices("EVACLIP_TRACKING_URI", "MLFLOW_TRACKING_URI")

@@ -175,12 +175,14 @@ class Graph:
             nothing = {name: 0 for stage in stages for name in stage.source_weights}
             require_samples(stages, list(held), nothing | held)
             return
+        if any(step.absent for step in self.data_steps):
+            return  # which the plan says, and `require_runnable`
         most: dict[str, int | None] = {}
         enough = max(max(stage.global_batch, stage.lanes) for stage in stages)
         for step in self.data_steps:
             if isinstance(step.config, MergeConfig):
                 most |= {one.name: one.target_count for one in step.config.sources}
-            elif isinstance(step.config, AdoptConfig) and not step.absent:
+            elif isinstance(step.config, AdoptConfig):
                 from tasks.adopt.read_pairs import count_pairs
 
                 packed = finished_artifact(step).counts if step.is_finished else {}

@@ -2,6 +2,7 @@
 (tasks/encoders/open_models.py), the flow (flows/pipeline.py)."""
 
 import glob
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def _named_set(given: str, data: Path) -> tuple[str, Path]:
         places = [Path(given)] if "/" in given else [data / given, Path(given)]
         folder = next(filter(Path.is_dir, places), places[0])
         known = set_registry.find_published_set(folder)
-        name = known.key if known else folder.resolve().name
+        name = known.key if known else re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name)
     if not folder.is_dir():
         else_give = ", the name of a known set, a path, or NAME=FOLDER"
         if known:

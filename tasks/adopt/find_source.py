@@ -20,6 +20,7 @@ import pyarrow as pa
 from evaclip_model.errors import InputError
 from evaclip_model.files import refuse_special
 from evaclip_model.reading.samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, group_members
+from evaclip_model.reading.table_columns import match_column
 from evaclip_model.reading.tar_file import BrokenTar, Member, TarReader
 from evaclip_model.reading.urls import ask_store, is_url, list_store, read_text
 from tasks.adopt.config import AdoptedSource, Form
@@ -233,6 +234,10 @@ def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
     json_files = [] if paired or by_suffix["parquet"] or by_suffix["arrow"] else by_suffix["json"]
     text = [one for one in files if text_format(one) and _file_suffix(one) != "json"] or json_files
     tables = text or by_suffix["parquet"]
+    if paired and tables and not text:  # img2dataset puts a table of addresses beside its files
+        names = parquet_schema(tables[0], where).names
+        if match_column(names, "urls") and not match_column(names, "images"):
+            tables = []
     if packed:
         why = (
             f"{len(packed):,} shards are compressed, the first is {packed[0]}: unpack them to "

@@ -209,9 +209,9 @@ def _is_below(folder: str, place: str) -> bool:
 
 
 def _strip_captions(texts: Sequence[Any]) -> list[str]:
-    """Return what of a row's values can be a caption: texts and numbers, not what is built of
-    them."""
-    plain = [text.decode() if isinstance(text, bytes) else text for text in texts]
+    """Return what of a row's values can be a caption: texts and numbers, not NaN or what is
+    built of them."""
+    plain = (text.decode() if isinstance(text, bytes) else text for text in texts if text == text)
     said = [str(text).strip() for text in plain if isinstance(text, str | int | float)]
     return [text for text in said if text]
 

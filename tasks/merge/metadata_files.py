@@ -40,7 +40,7 @@ def format_of(path: str, source: SourceConfig) -> Format:
     if kind is None:
         raise InputError(
             f"{path}: source '{source.name}' reads .parquet, {', '.join(FORMATS)}; set its "
-            "'format' if the file is one of them under another name"
+            "'format' if it is one of them under another name; of a folder name FOLDER/*.parquet"
         )
     return kind
 

@@ -238,6 +238,13 @@ def test_a_batch_larger_than_what_lies_there_is_refused_before_it_is_adopted(
     assert sentence in planned.output.replace("\n", " ")
 
 
+def test_what_is_not_there_is_not_counted(tmp_path: Path) -> None:
+    mine = write_mine(tmp_path)
+    planned = run(["plan", mine.recipe, "--set", "adopt.sources.photos.files=gone/"], mine.root)
+    assert "no file matches 'gone/'" in planned.output.replace("\n", " ")
+    assert "at most 0 samples" not in planned.output.replace("\n", " ")
+
+
 def test_what_adoption_alone_could_tell_is_refused_before_anything_is_made_of_it(
     tmp_path: Path,
 ) -> None:

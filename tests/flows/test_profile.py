@@ -21,6 +21,13 @@ def profile_of(monkeypatch, tmp_path):
     return load
 
 
+def test_a_home_folder_in_a_file_that_no_shell_reads_is_found(profile_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("EVACLIP_ROOT", raising=False)
+    (tmp_path / ".env").write_text("EVACLIP_ROOT=~/runs\n")
+    assert profile_of().root == tmp_path / "home/runs"
+
+
 def test_what_starts_training_is_read_from_the_environment(profile_of):
     profile = profile_of(
         launcher="slurm",

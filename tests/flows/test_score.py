@@ -141,6 +141,12 @@ def test_a_set_is_a_path_or_has_a_folder_of_any_name(models: Path, data: Path):
         asked(first, data, sets=(str(data / "circles"),))
 
 
+def test_a_set_in_a_folder_with_spaces_has_a_name_without(models: Path, data: Path, tmp_path: Path):
+    shutil.copytree(data / "squares", tmp_path / "my set")
+    found = asked([str(models / "first" / "model")], data, sets=(str(tmp_path / "my set"),))
+    assert found.sets == {"my-set": tmp_path / "my set"}
+
+
 def test_known_sets_are_found_under_every_published_name(models: Path, data: Path, tmp_path: Path):
     first = [str(models / "first" / "model")]
     places = {

@@ -433,11 +433,32 @@ def test_every_image_that_is_packed_is_one_to_who_reads_the_shard(tmp_path: Path
     assert [one.flaw for one in read_samples(Path(shard.location))] == [None] * len(forms)
 
 
+def test_files_of_img2dataset_are_a_folder_beside_their_table_of_addresses(tmp_path: Path) -> None:
+    """Its default `output_format`, with the parquet and the statistics of every part."""
+    write_pictures(tmp_path / "00000", range(2))
+    for number in range(2):
+        (tmp_path / f"00000/{number}.txt").write_text(f"noise {number}")
+        (tmp_path / f"00000/{number}.json").write_text('{"status": "success"}')
+    rows = {"url": ["http://a.example/0.jpg"], "caption": ["noise 0"], "status": ["success"]}
+    pq.write_table(pa.table(rows), tmp_path / "00000.parquet")
+    (tmp_path / "00000_stats.json").write_text('{"count": 2}')
+    assert adopted(tmp_path / "adopt", tmp_path).counts["mine.samples"] == 2
+
+
+def test_columns_of_a_hub_files_shards_are_known(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"jpg": [picture(0)], "txt": ["a cat"]}), tmp_path / "a.parquet")
+    assert adopted(tmp_path / "adopt", tmp_path).counts["mine.samples"] == 1
+
+
 def test_nan_is_no_caption(tmp_path: Path) -> None:
     write_pictures(tmp_path, range(2))
     rows = [{"image": "0.jpg", "caption": float("nan")}, {"image": "1.jpg", "caption": "NaN"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     made = adopted(tmp_path / "adopt", tmp_path / "a.jsonl")
+    assert (made.counts["left_out.no_caption"], made.counts["mine.samples"]) == (1, 1)
+    floats = pa.array([1984.5, float("nan")])
+    pq.write_table(pa.table({"image": [picture(0)] * 2, "caption": floats}), tmp_path / "a.parquet")
+    made = adopted(tmp_path / "second", tmp_path / "a.parquet")
     assert (made.counts["left_out.no_caption"], made.counts["mine.samples"]) == (1, 1)
 
 

@@ -360,6 +360,14 @@ def test_inspect_tells_schema_counts_gaps_and_histograms(tmp_path: Path) -> None
     assert found.problem is None
 
 
+def test_a_folder_of_metadata_is_asked_for_by_its_files(tmp_path: Path) -> None:
+    write(tmp_path / "part [1].parquet", metadata.LAION_2B, [laion(1)])
+    with pytest.raises(InputError, match=r"of a folder name FOLDER/\*\.parquet"):
+        inspect_files(str(tmp_path))
+    named = str(tmp_path / "part [1].parquet")
+    assert find_metadata(named, "test") == [named], "a name that is there is no pattern"
+
+
 def test_inspect_says_what_keeps_files_from_being_a_source(tmp_path: Path) -> None:
     pq.write_table(pa.table({"adress": ["http://a"], "text": ["x"]}), tmp_path / "a.parquet")
     assert "no column 'URL' for its url" in str(inspect_files(str(tmp_path / "a.parquet")).problem)
