@@ -218,6 +218,7 @@ def _over_two_hosts(folder: Path, models: Sequence[str], made: Path) -> list[Che
     (folder / "two_hosts.sh").write_text(TWO_HOSTS)
     command = ("sh", folder / "two_hosts.sh", folder / "host.sh", sys.executable)
     settings = {"EVACLIP_LAUNCHER": "external", "EVACLIP_RANKS": "8", "EVACLIP_NODES": "2"}
+    settings["EVACLIP_EVALUATE_GPUS"] = "0"
     settings["EVACLIP_SUBMIT_COMMAND"] = f"{' '.join(map(str, command))} {{module}} {{job}}"
     ended = _score(folder, models, root="runs-of-two-hosts", **settings)
     holds, found = False, ended.errors[-500:]

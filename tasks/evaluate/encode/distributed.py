@@ -227,7 +227,7 @@ def do_share(job: EncodeJob, rank: int, ranks: int, say: Callable[[RankState], N
     """Do a rank's share of the job and `say` how far it is, at the end also which sets cannot be
     evaluated and why. InputError: a model cannot be opened, or its features are not finite."""
     failed: dict[str, str] = {}
-    workers = count_workers(job.workers, job.device)
+    device, workers = device_of(job.device, rank), count_workers(job.workers, job.device)
     said = RankState()
 
     def add(count: int, detail: str) -> None:
@@ -240,7 +240,6 @@ def do_share(job: EncodeJob, rank: int, ranks: int, say: Callable[[RankState], N
         freed_memory_kept() if job.device == "cpu" else nullcontext(),
         ThreadPoolExecutor(workers, "decode") if workers else nullcontext() as pool,
     ):
-        device = device_of(job.device, rank)
         for todo in job.models:
             subject = open_subject(todo.spec, device=device, precision=job.precision)
             if todo.texts:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from evaclip_model.create import open_model
+from evaclip_model.errors import InputError
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.monitoring.validation import open_probe, run_probe
 from evaclip_model.zeroshot.exact_ranks import (
@@ -25,7 +26,7 @@ from evaclip_model.zeroshot.exact_ranks import (
 )
 from tasks.encoders.open_models import identify_model, open_subject
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, EvaluationMachine
-from tasks.evaluate.encode.distributed import Features
+from tasks.evaluate.encode.distributed import EncodeJob, Features, do_share
 from tasks.evaluate.encode.encode_features import (
     Cache,
     TextFeatures,
@@ -99,6 +100,13 @@ def results_of(
         CONFIG, models, sets, [], out, report_nothing, machine=EvaluationMachine(**machine)
     )
     return (out / "results.json").read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_rank_whose_machine_has_no_gpu_says_so():
+    job = EncodeJob(models=(), workers=None, device="cuda", precision="fp32")
+    with pytest.raises(InputError, match=r"has no GPU .* set EVACLIP_EVALUATE_GPUS=0"):
+        do_share(job, 0, 1, lambda said: None)
 
 
 def test_ranks_workers_and_shards_change_no_digit(
