@@ -66,7 +66,7 @@ def find_low_scores(
 
 def count_scores(scores: Scores, sources: Rows, count: int) -> Rows:
     """Histogram [sources, SCORE_PARTS] of scores, in equal parts of -1 to 1."""
-    parts = ((scores + 1) * (SCORE_PARTS / 2)).astype(np.int64).clip(0, SCORE_PARTS - 1)
+    parts = ((scores + 1) * (SCORE_PARTS / 2)).astype(np.int16).clip(0, SCORE_PARTS - 1)
     counted = np.bincount(sources * SCORE_PARTS + parts, minlength=count * SCORE_PARTS)
     return counted.reshape(count, SCORE_PARTS)
 
