@@ -136,14 +136,14 @@ class Shard:
     @classmethod
     def _is_a_plain_file(cls, path: str) -> str:
         # webdataset would run a path such as "pipe:..." in a shell
-        if path.endswith(".tar") and path.partition("://")[0] in SHARD_SCHEMES and is_url(path):
+        is_stored = is_url(path) and path.partition("://")[0] in SHARD_SCHEMES
+        is_relative = not path.startswith("/") and ":" not in path.partition("/")[0]
+        if path.lower().endswith(".tar") and (is_stored or is_relative):
             return path
-        if not path.endswith(".tar") or path.startswith("/") or ":" in path:
-            raise ValueError(
-                "should be the path of a .tar, relative to the manifest's folder, or a URL "
-                f"({', '.join(SHARD_SCHEMES)})"
-            )
-        return path
+        raise ValueError(
+            "should be the path of a .tar, relative to the manifest's folder, or a URL "
+            f"({', '.join(SHARD_SCHEMES)})"
+        )
 
 
 class ShardManifest(Config):

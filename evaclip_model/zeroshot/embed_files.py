@@ -130,7 +130,7 @@ def _list_parts(source: Path) -> Iterator[Slice]:
     is_file, kind = source.is_file(), source.suffix.lower()
     if is_file and kind == ".tar":
         yield Slice(source.stem, _mark(source), max(1, source.stat().st_size), _read_tar(source))
-    elif source.is_dir() and (tars := sorted(source.glob("*.tar"))):
+    elif source.is_dir() and (tars := sorted(source.glob("*.[tT][aA][rR]"))):
         yield from (part for tar in tars for part in _list_parts(tar))
     elif is_file and kind in TABLES:
         rows = _read_table(source)

@@ -7,6 +7,7 @@ test/nshards.txt, test/0.tar ... test/N-1.tar            KEY.webp|png|jpg|..., a
 """
 
 import hashlib
+import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,9 @@ SHARDS = "nshards.txt"
 _ANSWER_BYTES = 16 << 20
 """Most that a label, a vector or the captions of one image may take."""
 _LABEL_DIGITS = 9
-_SYSTEM_FOLDERS = ("__MACOSX", "PaxHeader", "PaxHeaders")
+_SYSTEM_FILE = re.compile(
+    r"(^|/)((\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$|(__MACOSX|PaxHeaders?)(\.[^/]*)?/)"
+)
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,7 @@ class TarMember:
 def is_system_file(name: str) -> bool:
     """Tell whether an operating system or tar adds such a file to those of a person: macOS writes
     the attributes of FILE as `._FILE`, pax headers may lie unpacked in a folder."""
-    parts = Path(name).parts
-    return bool(parts) and (
-        parts[-1].startswith("._")
-        or parts[-1] in (".DS_Store", "Thumbs.db", "desktop.ini")
-        or any(part.partition(".")[0] in _SYSTEM_FOLDERS for part in parts[:-1])
-    )
+    return bool(_SYSTEM_FILE.search(name))
 
 
 def read_lines(path: Path, expected: str) -> tuple[str, ...]:

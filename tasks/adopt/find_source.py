@@ -61,6 +61,8 @@ def find_source(source: AdoptedSource) -> FoundSource:
     if not files:
         raise InputError(f"{where}: there is no file in {source.files}")
     form = source.form or _tell_form(source, files, where)
+    if form in ("shards", "folder") and (source.image or source.caption):
+        raise InputError(f"{where}: form '{form}' has no columns: leave 'image' and 'caption' out")
     chosen = tuple(file for file in files if _may_be(form, file.lower()))
     if form == "table":  # beside another table, JSON is what is said of it
         chosen = tuple(file for file in chosen if _file_suffix(file) != "json") or chosen

@@ -225,7 +225,8 @@ def _find_columns(source: AdoptedSource, file: str) -> tuple[str, str, str]:
     for part, name in (("image", source.image), ("caption", source.caption)):
         if name is not None and name not in names:
             raise InputError(f"{where} has no column '{name}' for its {part}; {known}")
-    image = source.image or next(iter(typed), table_columns.match_column(names, "images"))
+    own = typed if len(typed) == 1 else [table_columns.match_column(typed, "images")]
+    image = source.image or own[0] or table_columns.match_column(names, "images")
     caption = source.caption or table_columns.match_column(names, "captions")
     url = table_columns.match_column(names, "urls")
     if url and not image:

@@ -380,6 +380,11 @@ def make_shards_by_input_and_output(folder: Path) -> None:
     pack(folder / "0.tar", [{"__key__": "a", "input.jpg": picture(0), "outputs.txt": "a cat"}])
 
 
+def make_two_columns_of_bytes(folder: Path) -> None:
+    rows = {"small": [picture(0)], "large": [picture(1)], "caption": ["a cat"]}
+    pq.write_table(pa.table(rows), folder / "a.parquet")
+
+
 def make_lost_images(folder: Path) -> None:
     (folder / "a.csv").write_text("image,caption\n1.jpg,a cat\n2.jpg,a dog\n")
 
@@ -394,6 +399,7 @@ def make_lost_images(folder: Path) -> None:
         (make_addresses, r"holds addresses of images \(url\), not images"),
         (make_other_columns, r"which column is its image\? .* bild, caption"),
         (make_images_and_table, "set form = 'folder'"),
+        (make_two_columns_of_bytes, r"which column is its image\? .* small, large, caption"),
         (make_documents, r"1 files \(\.pdf\), but no shards"),
         (make_arrow, r"2 files \(\.arrow, \.json\), .* \(which to_parquet makes of \.arrow"),
         (make_shards_by_input_and_output, r"\.input\.jpg, .* NAME ends at its first dot"),
@@ -448,6 +454,28 @@ def test_files_of_img2dataset_are_a_folder_beside_their_table_of_addresses(tmp_p
 def test_columns_of_a_hub_files_shards_are_known(tmp_path: Path) -> None:
     pq.write_table(pa.table({"jpg": [picture(0)], "txt": ["a cat"]}), tmp_path / "a.parquet")
     assert adopted(tmp_path / "adopt", tmp_path).counts["mine.samples"] == 1
+
+
+def test_of_several_columns_of_bytes_the_one_called_so_is_the_image(tmp_path: Path) -> None:
+    rows = {"hash": [b"xy"], "thumbnail": [picture(0)], "image": [picture(1)], "caption": ["a cat"]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    adopted(tmp_path / "adopt", tmp_path / "a.parquet")
+    [shard] = read_adopted(tmp_path / "adopt")
+    assert [bytes(one.image) for one in read_samples(Path(shard.location))] == [picture(1)]
+
+
+def test_a_tar_may_end_in_capitals_and_lie_in_a_folder_named_by_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "2024-05-01T10:30"
+    pack(folder / "A.tar", [stranger(0)]).rename(folder / "A.TAR")
+    adopted(tmp_path / "adopt", folder)
+    assert verified(tmp_path / "adopt", tmp_path / "verify")[0]["samples"] == 1
+
+
+@pytest.mark.parametrize("column", ["image", "caption"])
+def test_a_column_of_what_has_none_is_refused(tmp_path: Path, column: str) -> None:
+    pack(tmp_path / "s/0.tar", [stranger(0)])
+    with pytest.raises(InputError, match=r"'shards' has no columns: leave 'image' and 'caption'"):
+        adopted(tmp_path / "adopt", tmp_path / "s", **{column: "prompt"})
 
 
 def test_nan_is_no_caption(tmp_path: Path) -> None:
