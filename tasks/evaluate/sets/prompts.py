@@ -50,11 +50,12 @@ def find_templates(
 
 
 def require_placeholder(templates: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """Return the templates, if each has `{c}` for the class name."""
+    """Return the templates, if each has `{c}` for the class name and none is a list of several."""
     for template in templates:
-        if PLACEHOLDER not in template:
+        if PLACEHOLDER not in template or template.startswith(('["', '{"')):
             raise InputError(
-                f"{where}: template '{template}' has no {PLACEHOLDER} for the class name"
+                f"{where}: template '{template}' has no {PLACEHOLDER} for the class name, or is "
+                "JSON: write one a line"
             )
     return templates
 

@@ -134,7 +134,14 @@ def test_questions_of_another_form_are_one_sentence(
 
 
 @pytest.mark.parametrize(
-    "rows", [{"0": {"filename": "bear.webp", "caption": "x"}}, {"0": 1}, [], [{"cue": "x"}]]
+    "rows",
+    [
+        {"0": {"filename": "bear.webp", "caption": "x"}},
+        {"0": {"filename": "bear.webp", "caption": "x", "negative_caption": float("nan")}},
+        {"0": 1},
+        [],
+        [{"cue": "x"}],
+    ],
 )
 def test_lists_of_another_form_are_one_sentence(tmp_path: Path, images: Path, rows: object):
     (tmp_path / "odd.json").write_text(json.dumps(rows))

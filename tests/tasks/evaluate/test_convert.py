@@ -289,6 +289,9 @@ def test_templates_are_asked_for_and_never_guessed(birds: Path, tmp_path: Path) 
     (tmp_path / "templates.txt").write_text("a photo of a {c}.\na photo of a {}.\n")
     with pytest.raises(InputError, match=r"template 'a photo of a \{\}\.' has no \{c\}"):
         Words(templates=str(tmp_path / "templates.txt")).set_templates()
+    (tmp_path / "templates.json").write_text('["a photo of a {c}.", "a {c}"]')
+    with pytest.raises(InputError, match="or is JSON: write one a line"):
+        Words(templates=str(tmp_path / "templates.json")).set_templates()
     assert Words(find_set("ucf101")).set_templates()[0] == "a photo of a person {c}."
     assert len(Words(find_set("objectnet")).set_templates()) == 80
     made = convert_imagefolder(birds, tmp_path / "set", OWN)

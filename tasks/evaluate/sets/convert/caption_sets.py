@@ -23,7 +23,7 @@ from tasks.evaluate.sets.choice_questions import Question
 from tasks.evaluate.sets.convert.label_table import choose_split, path_cell, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import FileFinder, image_source, walk_files
-from tasks.tables.text_tables import parse_list
+from tasks.tables.text_tables import parse_as_written, parse_list
 
 _FORMS = (
     'expected Karpathy\'s {"images": [{"filename", "split", "sentences": [{"raw"}]}]}, COCO\'s '
@@ -168,7 +168,7 @@ def _iterate_rows(listing: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     content = None
     if listing.suffix.lower() == ".json" and listing.is_file():
         try:
-            content = json.loads(read_text(listing))
+            content = parse_as_written(read_text(listing))
         except (ValueError, RecursionError):
             raise InputError(f"{listing} is not JSON: {_CHOICE_FORMS}") from None
     if not isinstance(content, dict):
