@@ -86,6 +86,10 @@ test-restore: $(VENV)/.dev ## the root of `make up` copied, lost, and restored u
 test-week: $(VENV)/.dev ## a week with `make up`: a yes, a schedule, new data, colleagues who delete, a lost machine, a move (8 min)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/flows/test_week.py
 
+test-slow: $(VENV)/.dev ## the slow tests that belong to none of the above: adopting, pulling, types between stages, rows in databases (6 min)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/tasks/adopt tests/tasks/register tests/flows/test_adopted_recipe.py \
+		tests/flows/test_database_rows.py tests/flows/test_types_where_stages_meet.py
+
 $(VENV)/.spark: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev spark && touch $@ $(VENV)/.pipeline $(VENV)/.dev
 

@@ -241,6 +241,15 @@ def test_files_and_targets_that_a_page_names_exist(page: str) -> None:
     assert named <= set(targets), named - set(targets)
 
 
+def test_every_slow_test_has_a_make_target() -> None:
+    words = set((ROOT / "Makefile").read_text().split())
+    tests = (file for file in (ROOT / "tests").rglob("test_*.py") if file != Path(__file__))
+    slow = [one.relative_to(ROOT) for one in tests if "pytest.mark.slow" in one.read_text()]
+    assert len(slow) > 20
+    left = [file for file in slow if not words & {str(file), str(file.parent)}]
+    assert [file for file in left if file.parts[1] != "infra"] == [], "make check-infra runs those"
+
+
 @pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md"])
 def test_names_in_code_type_are_names_in_the_code(page: str) -> None:
     nodes = [node for tree in TREES.values() for node in ast.walk(tree)]

@@ -149,16 +149,16 @@ def watch_stage(title: str, *, already_there: bool = False) -> Iterator[Report]:
         yield report_nothing
         return
     in_ui: UUID | None = None
-    begin_s, again_at = time.monotonic(), 0.0
+    begin_s, again_at, told = time.monotonic(), 0.0, -1.0
     with moving_bar(title) as show:
 
         def report(done: float, total: float, detail: str = "") -> None:
-            nonlocal in_ui, again_at
+            nonlocal in_ui, again_at, told
             show(done, total, detail)
             now = time.monotonic()
-            if not total or (now < again_at and done < total):
+            if not total or (now < again_at and (done < total or done == told)):
                 return
-            again_at = now + min(max(PREFECT_EVERY_S, (now - begin_s) / 10), 60)
+            again_at, told = now + min(max(PREFECT_EVERY_S, (now - begin_s) / 10), 60), done
             percent = 100.0 * done / total
             description = escape_control(f"{title}: {detail}" if detail else title)
             if in_ui is None:

@@ -17,6 +17,8 @@ from tasks.progress import Report
 SHARDS, STEPS, BATCH, FIGURES = 200_000, 62_500, 32_768, 37
 SPIKE, ROLLED_BACK = 31_337, 40_001
 VALIDATED_EVERY = 1_000
+WAITED = 2_000
+"""Reports of a stage that is done but for what it waits for."""
 
 
 def line(step: int) -> dict[str, float]:
@@ -33,6 +35,8 @@ def train(profile: Profile, out: Path, report: Report) -> Made:
         metrics.writelines(json.dumps(line(step)) + "\n" for step in range(1, STEPS + 1))
     for shard in range(SHARDS):
         report(shard + 1, SHARDS, f"{shard} shards")
+    for _ in range(WAITED):
+        report(SHARDS, SHARDS, "all there, waiting")
     return Made({"steps": STEPS}, (out / METRICS_FILE,))
 
 
