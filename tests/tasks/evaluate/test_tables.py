@@ -280,7 +280,8 @@ def test_a_file_of_captions_leads_to_no_file_outside_its_folder(
     images: Path, tmp_path: Path, name: str
 ) -> None:
     listing = write(tmp_path / "x.json", json.dumps([{"image": name, "caption": "x"}]))
-    with pytest.raises(InputError, match="is not a file inside"):
+    said = "is not a file inside" if name else "row 1 has no path in 'image'"
+    with pytest.raises(InputError, match=said):
         captioned_sources(listing, images)
 
 
