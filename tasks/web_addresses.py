@@ -24,7 +24,11 @@ def normalise_host(host: str) -> str | None:
     name = host.lower()
     if name.startswith("["):
         address = _parse_address(name.strip("[]"))
-        return f"[{address.compressed}]" if address and address.version == 6 else None
+        if not isinstance(address, ipaddress.IPv6Address):
+            return None
+        low = int(address) & 0xFFFFFFFF  # since 3.13 Python writes it with dots
+        mapped = f"::ffff:{low >> 16:x}:{low & 0xFFFF:x}"
+        return f"[{mapped if address.ipv4_mapped else address.compressed}]"
     if not name.isascii():
         try:
             mapped = idna.uts46_remap(host, std3_rules=False, transitional=False)

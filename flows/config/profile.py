@@ -21,8 +21,6 @@ from tasks.train.config import Launch
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """A path that begins so is a URL whose double slash became one when it was read as a path."""
-
-
 _READ = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, populate_by_name=True)
 
 

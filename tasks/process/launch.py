@@ -299,13 +299,12 @@ def iterate_starts(
         left = count(missing)
         idle = idle + 1 if left == before else 0
         if idle > MAX_IDLE_STARTS:
-            log = max(folder.glob("*.log"), key=lambda file: file.stat().st_mtime)
-            refuse_full_disk(log)
-            text = escape_control(log.read_text(errors="replace"))
-            raise InputError(
-                f"the ranks ended {idle} times without another file; the end of their log, {log}:\n"
-                f"{text[-_LOG_TAIL:]}"
-            )
+            said = f"the ranks ended {idle} times without another file"
+            for log in sorted(folder.glob("*.log"), key=lambda file: -file.stat().st_mtime)[:1]:
+                refuse_full_disk(log)
+                text = escape_control(log.read_text(errors="replace"))
+                said += f"; the end of their log, {log}:\n{text[-_LOG_TAIL:]}"
+            raise InputError(said)
         before = left
         yield missing
 
@@ -341,9 +340,8 @@ def run_ranks(
         else:
             log = job.with_name(LOG)
             over = f"[ ! -e {shlex.quote(str(job))} ]"
-            command = start_command(
-                launch, Program(module, job, log, reads, over, on_gpus), launch.ranks
-            )
+            program = Program(module, job, log, reads, over, on_gpus)
+            command = start_command(launch, program, launch.ranks)
             run_supervised(
                 command, log=log, grace_s=LAUNCHED_GRACE_S, poll=look, poll_s=LAUNCHED_POLL_S
             )

@@ -16,6 +16,7 @@ from tasks.process.launch import (
     deepspeed_command,
     default_ranks,
     external_command,
+    iterate_starts,
     rank_environment,
     read_hostfile,
     start_command,
@@ -197,6 +198,11 @@ def test_ranks_on_cores_alone_ask_for_no_gpu(kind):
     asked = script_of(kind, program=ENCODERS._replace(on_gpus=False))
     assert ("#SBATCH --gpus" not in asked) if kind == "slurm" else ("nvidia.com/gpu: 0" in asked)
     assert "gpu" in script_of(kind)
+
+
+def test_ranks_that_get_nowhere_and_left_no_log_are_given_up_in_a_sentence(tmp_path):
+    with pytest.raises(InputError, match="^the ranks ended 3 times without another file$"):
+        list(iterate_starts(lambda: [1], len, tmp_path))
 
 
 def test_a_template_or_a_command_that_starts_training_whatever_is_asked_for_is_refused(tmp_path):
