@@ -201,7 +201,7 @@ def test_ranks_on_cores_alone_ask_for_no_gpu(kind):
 
 
 def test_ranks_that_get_nowhere_and_left_no_log_are_given_up_in_a_sentence(tmp_path):
-    with pytest.raises(InputError, match="^the ranks ended 3 times without another file$"):
+    with pytest.raises(InputError, match=r"^the ranks ended 3 times without another file$"):
         list(iterate_starts(lambda: [1], len, tmp_path))
 
 
