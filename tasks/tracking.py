@@ -169,8 +169,9 @@ def import_mlflow() -> None:
         os.environ.setdefault(name, value)
     for name in _IMPORTED_TOGETHER:
         importlib.import_module(name)
-    for noisy in ("mlflow.store.db.utils", "mlflow.pyfunc", "alembic"):
+    for noisy in ("mlflow.pyfunc", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it raises what it logs
 
 
 def restore_run(client: MlflowClient, run_id: str) -> bool:

@@ -1,6 +1,7 @@
 import http.server
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -56,3 +57,15 @@ def test_a_server_that_does_not_know_the_user_is_not_called_away(status: int) ->
         ):
             client.get_registered_model("clip")
         server.shutdown()
+
+
+def test_what_a_database_refuses_is_said_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = TrackingStore.at(f"sqlite:///{tmp_path}/mlflow.db", "demo")
+    client = store.client()
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("DROP TABLE experiments")
+    with pytest.raises(InputError, match="no such table: experiments"), store.connect():
+        client.get_experiment_by_name("demo")
+    assert capfd.readouterr().err == ""
