@@ -54,7 +54,7 @@ def chance_of_hit(k: int, gallery: int, positives: Sequence[int]) -> float:
     """Expected hit rate of random orders: mean over queries with so many right answers each."""
     k = min(k, gallery)
     of = {m: 1 - math.comb(gallery - m, k) / math.comb(gallery, k) for m in set(positives)}
-    return sum(of[m] for m in positives) / len(positives)
+    return math.fsum(of[m] for m in positives) / len(positives)
 
 
 def area_under_curve(right: Tensor, precision: Tensor) -> Tensor:
