@@ -71,9 +71,7 @@ class _Axes:
     log_x: bool
 
     def x(self, value: float) -> float:
-        low, high, at = (
-            math.log10(max(one, 1e-12)) if self.log_x else one for one in (*self.x_range, value)
-        )
+        low, high, at = (math.log10(one) if self.log_x else one for one in (*self.x_range, value))
         return LEFT + (at - low) / (high - low) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
@@ -82,7 +80,7 @@ class _Axes:
         return bottom - (value - low) / (high - low) * (bottom - TOP)
 
 
-def line_chart(lines: Sequence[ChartLine], *, x: str, y: str, log_x: bool = False) -> Markup:
+def line_chart(lines: Sequence[ChartLine], *, x: str, y: str) -> Markup:
     """Lines over common axes; `x` and `y` name them. Points that are not finite are left out."""
     finite = [
         line._replace(points=[p for p in line.points if all(map(math.isfinite, p))])
@@ -92,10 +90,9 @@ def line_chart(lines: Sequence[ChartLine], *, x: str, y: str, log_x: bool = Fals
     if not xs:
         return EMPTY
     low, high = min(xs), max(xs)
-    x_ticks = [10.0**power for power in range(-12, 13)] if log_x else choose_ticks(low, high)
     y_ticks = choose_ticks(min(0.0, *ys), max(ys))
     x_range = (low, max(high, low * (1 + 1e-9) + 1e-9))
-    axes = _Axes(520, 250, x, y, x_range, x_ticks, y_ticks, log_x)
+    axes = _Axes(520, 250, x, y, x_range, choose_ticks(low, high), y_ticks, log_x=False)
     return Markup(MACROS.line_chart(axes, finite))
 
 

@@ -15,19 +15,11 @@ from markupsafe import Markup
 
 from evaclip_model.errors import escape_control
 from evaclip_model.files import write_atomically
-from evaclip_model.zeroshot.statistics import chance_of_hit, hit_rate
 from tasks.evaluate.config import FIGURES, MARKDOWN, REPORT, SUMMARY
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.paper.published import members_of, paper, rows_of
 from tasks.evaluate.report import examples, tables
-from tasks.evaluate.report.charts import (
-    Bubble,
-    ChartLine,
-    Curve,
-    bubble_chart,
-    line_chart,
-    loss_chart,
-)
+from tasks.evaluate.report.charts import Bubble, Curve, bubble_chart, loss_chart
 from tasks.evaluate.report.findings import Figure, Findings
 from tasks.evaluate.report.numbers import format_interval, format_percent, format_points
 from tasks.evaluate.report.paper_form import paper_tables
@@ -131,27 +123,6 @@ def compute_chart(found: Findings, images_seen: float) -> Markup | None:
     return bubble_chart(bubbles, x="forward GFLOPs an image", y="ImageNet-1K zero-shot top-1, %")
 
 
-def depth_chart(by_model: Mapping[str, Scored], subject: str) -> Markup | None:
-    """Share of right answers among the first k, over k, for every model and for chance; None where
-    answers are not ranked."""
-    rankings = {
-        name: ranking
-        for name, one in by_model.items()
-        for ranking in [*one.rankings_by_direction().values()][:1]
-    }
-    if subject not in rankings:
-        return None
-    evalset = by_model[subject].evalset
-    answers = len(evalset.classnames) or len(evalset.captions)
-    ks = sorted({max(1, round(answers ** (i / 40))) for i in range(41)})
-    owned = [max(1, len(sample.captions)) for sample in evalset.samples]
-    lines = [ChartLine([(k, 100 * chance_of_hit(k, answers, owned)) for k in ks], *["chance"] * 2)]
-    for name, ranking in reversed(rankings.items()):
-        style = "subject" if name == subject else "other"
-        lines.append(ChartLine([(k, 100 * hit_rate(ranking.ranks, k)) for k in ks], name, style))
-    return line_chart(lines, x="first k answers", y="right answer among them, %", log_x=True)
-
-
 def _describe_set(found: Findings, key: str, scored: Mapping[str, Scored]) -> dict[str, Any]:
     """One set for the templates; examples of other kinds of answers than its own are none."""
     values = [one.value for one in found.headline_figures(key)]
@@ -175,7 +146,6 @@ def _describe_set(found: Findings, key: str, scored: Mapping[str, Scored]) -> di
         ),
         "searches": examples.pick_searches(one, amount) if one and one.images is not None else [],
         "readings": examples.pick_readings(one, amount) if one and one.texts is not None else [],
-        "depth": depth_chart(scored, found.subject),
         "provenance": tables.set_provenance_table(found, key),
     }
 

@@ -97,7 +97,7 @@ def test_a_chart_leaves_out_points_that_are_not_finite_and_escapes_its_words():
 
 
 def test_a_chart_of_one_point_or_of_none_is_still_a_page():
-    assert "<svg" in line_chart([ChartLine([(5, 5)], "one", "raw")], x="x", y="y", log_x=True)
+    assert "<svg" in line_chart([ChartLine([(5, 5)], "one", "raw")], x="x", y="y")
     assert "no points" in line_chart([ChartLine([(1, float("inf"))], "none", "raw")], x="x", y="y")
 
 
