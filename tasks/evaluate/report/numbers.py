@@ -42,13 +42,6 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def format_ordinal(number: int) -> str:
-    """1st, 2nd, 3rd, 4th, 11th, 1,021st."""
-    teens = number % 100 in (11, 12, 13)
-    suffix = "th" if teens else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    return f"{number:,}{suffix}"
-
-
 def format_size(count: float, digits: int = 0) -> str:
     """A large count as the paper prints it: 149M, 13B; with digits, from a billion on: 1.0B."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

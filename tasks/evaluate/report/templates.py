@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from tasks.evaluate.report.numbers import format_ordinal, format_plural, format_short, format_signed
+from tasks.evaluate.report.numbers import format_plural, format_short, format_signed
 from tasks.table import Table, escape_markdown, markdown_table
 
 
@@ -26,7 +26,6 @@ TEMPLATES = jinja2.Environment(
     finalize=lambda value: f"{value:.1f}" if isinstance(value, float) else value,
 )
 TEMPLATES.filters |= {
-    "ordinal": format_ordinal,
     "plural": format_plural,
     "short": format_short,
     "signed": format_signed,

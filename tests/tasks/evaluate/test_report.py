@@ -31,7 +31,6 @@ from tasks.evaluate.report.charts import (
 from tasks.evaluate.report.examples import Amount, _draw_queries, make_thumbnail
 from tasks.evaluate.report.numbers import (
     format_interval,
-    format_ordinal,
     format_percent,
     format_plural,
     format_points,
@@ -62,11 +61,6 @@ def test_shares_are_shown_with_the_digits_they_deserve():
         "100 %",
     ]
     assert format_interval((0.0512, 0.1234)) == "5.12 – 12.3 %"
-
-
-def test_ranks_are_shown_as_ordinals():
-    shown = " ".join(format_ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 102, 111, 1_023))
-    assert shown == "1st 2nd 3rd 4th 11th 12th 13th 21st 102nd 111th 1,023rd"
 
 
 def test_differences_sizes_and_counts_are_words_too():
