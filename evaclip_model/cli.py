@@ -101,17 +101,20 @@ def classify_images(
     if template.count("{}") != 1:
         raise InputError(f"template '{template}' must hold '{{}}' once, where the label goes")
 
-    from evaclip_model.zeroshot.encode_chunks import image_features, image_files
-    from evaclip_model.zeroshot.exact_ranks import encode_texts
+    from evaclip_model.zeroshot.encode_chunks import (
+        EvaSubject,
+        embed_texts,
+        image_features,
+        image_files,
+    )
 
     files = image_files(images)
     model = open_named_model(model_name, weights, device, precision)
     said = _Progress("images", len(files))
     read, features, unreadable = image_features(model, files, batch_size, said)
-    captions, home = [template.replace("{}", label) for label in labels], model.logit_scale.device
-    length = model.config.text.context_length
-    texts = encode_texts(model, captions, context_length=length, device=str(home))
-    shares = model.compute_probabilities((features @ texts.T).to(home)).detach().cpu()
+    texts = embed_texts(EvaSubject(model), [template.replace("{}", label) for label in labels])
+    cosines = (features @ texts.T).to(model.logit_scale.device)
+    shares = model.compute_probabilities(cosines).detach().cpu()
     if files == [images]:
         for share, label in sorted(zip(shares[0].tolist(), labels, strict=True))[::-1]:
             print(f"{share:7.1%}  {label}")

@@ -94,12 +94,6 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -
     return torch.from_numpy(_pad_rows(ids, lengths, context_length))
 
 
-def cut_padding(tokens: Tensor) -> Tensor:
-    """Leave out the columns behind the last end token of the batch: [B, L] -> [B, L' <= L]; exact
-    for features and gradients: the text tower is causal and pools at the first end token."""
-    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
-
-
 def _pad_rows(
     ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], context_length: int
 ) -> npt.NDArray[np.int64]:

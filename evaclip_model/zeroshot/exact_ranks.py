@@ -8,23 +8,18 @@ they are normalised and multiplied in fp32, where ties between different answers
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.tokenizer.tokenizer import CONTEXT_LENGTH, cut_padding, tokenize
 from evaclip_model.zeroshot.imagenet_prompts import PLACEHOLDER
 
 ROWS = 256
 """Most queries ranked at once."""
 LOGITS = 1 << 23
 """Most logits held at once, as long as one query has fewer; bounds memory for large galleries."""
-
-
-class TextEncoder(Protocol):
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -48,35 +43,6 @@ class Ranking:
     def select_queries(self, queries: Tensor) -> Self:
         """The same of some queries only: their mask, or their numbers."""
         return type(self)(*(getattr(self, one.name)[queries] for one in fields(self)))
-
-
-def encode_texts(
-    model: TextEncoder,
-    texts: Sequence[str],
-    *,
-    context_length: int = CONTEXT_LENGTH,
-    batch_size: int = 256,
-    device: str = "cpu",
-) -> Tensor:
-    """Normalised fp32 features of `texts` [N, D]; equal texts get bitwise equal features. Raises
-    InputError: no texts, or features that are not finite.
-
-    Every text is encoded once, in order of length, cut after the longest end-of-text of its batch:
-    attention is causal, so tokens behind the end cannot reach the feature. `context_length` is the
-    model's, in tokens.
-    """
-    if not texts:
-        raise InputError("no text to encode: give at least one class name or caption")
-    place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    tokens = tokenize(list(place), context_length)
-    order = tokens.argmax(dim=1).argsort(stable=True)  # the end-of-text token has the largest id
-    features: list[Tensor] = []
-    with torch.inference_mode():
-        for rows in torch.split(order, batch_size):
-            encoded = model.encode_text(cut_padding(tokens[rows]).to(device))
-            features.append(normalise_features(encoded.cpu(), "text"))
-        distinct = torch.cat(features)[order.argsort()]
-        return distinct[torch.tensor([place[text] for text in texts])]
 
 
 def fill_templates(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:

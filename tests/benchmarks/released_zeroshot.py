@@ -28,13 +28,13 @@ import torch
 from PIL import Image
 
 from evaclip_model.create import create_model
-from evaclip_model.zeroshot.encode_chunks import image_features, image_files
-from evaclip_model.zeroshot.exact_ranks import (
-    build_classifier,
-    encode_texts,
-    fill_templates,
-    rank_classes,
+from evaclip_model.zeroshot.encode_chunks import (
+    EvaSubject,
+    embed_texts,
+    image_features,
+    image_files,
 )
+from evaclip_model.zeroshot.exact_ranks import build_classifier, fill_templates, rank_classes
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames, imagenet_templates
 from evaclip_model.zeroshot.statistics import count_hits, wilson_interval
 
@@ -108,7 +108,7 @@ def measure(
     model = model.to(options.device).eval()
     names = imagenet_classnames()[: len(classes)]
     asked = fill_templates(names, imagenet_templates())
-    vectors = build_classifier(encode_texts(model, asked, device=options.device), names)
+    vectors = build_classifier(embed_texts(EvaSubject(model), asked), names)
     label_of = {path: place for place, folder in enumerate(classes) for path in image_files(folder)}
     told = say(one, len(label_of))
     read, features, unreadable = image_features(model, list(label_of), options.batch_size, told)

@@ -20,13 +20,7 @@ from hypothesis import example, given, settings, strategies as st
 from evaclip_model.errors import InputError
 from evaclip_model.tokenizer import tokenizer
 from evaclip_model.tokenizer.bundled_assets import package_file
-from evaclip_model.tokenizer.tokenizer import (
-    CONTEXT_LENGTH,
-    END_TOKEN,
-    START_TOKEN,
-    cut_padding,
-    tokenize,
-)
+from evaclip_model.tokenizer.tokenizer import CONTEXT_LENGTH, END_TOKEN, START_TOKEN, tokenize
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "tokenizer" / "tokens.json").read_text())
 
@@ -189,11 +183,6 @@ def test_a_missing_vocabulary_is_named(monkeypatch):
     monkeypatch.setattr(tokenizer.assets, "package_file", lambda name: None)
     with pytest.raises(InputError, match="install open_clip_torch"):
         tokenizer._Words()
-
-
-def test_cutting_padding_keeps_every_end_token():
-    tokens = tokenize(["a cat", "a photo of a cat"])
-    assert torch.equal(cut_padding(tokens), tokens[:, :7])
 
 
 def test_the_package_that_ships_the_vocabulary_is_not_imported():

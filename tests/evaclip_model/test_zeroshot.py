@@ -15,6 +15,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.zeroshot import exact_ranks, statistics
+from evaclip_model.zeroshot.encode_chunks import EvaSubject, embed_texts, exact_arithmetic
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +190,8 @@ def test_features_that_are_not_finite_are_refused_instead_of_ranking_first():
 
 def test_texts_are_encoded_as_if_padded_and_equal_texts_get_equal_features(model: EvaClip):
     texts = ["a red apple", "a dog", "a red apple", "a photo of a very long sentence, indeed!"]
-    features = exact_ranks.encode_texts(model, texts, batch_size=2)
+    with exact_arithmetic("cpu"):
+        features = embed_texts(EvaSubject(model), texts)
     with torch.inference_mode():
         padded = model.encode_text(tokenize(texts), normalize=True)
     assert torch.allclose(features, padded, atol=1e-5)
@@ -200,7 +202,7 @@ def test_the_classifier_is_the_renormalised_mean_of_normalised_prompts(model: Ev
     templates = ("a photo of a {c}.", "{c}", "art of {c} and {c}")
     names = ["crane", "owl", "crane"]
     asked = exact_ranks.fill_templates(names, templates)
-    classifier = exact_ranks.build_classifier(exact_ranks.encode_texts(model, asked), names)
+    classifier = exact_ranks.build_classifier(embed_texts(EvaSubject(model), asked), names)
     prompts = ["a photo of a owl.", "owl", "art of owl and owl"]
     with torch.inference_mode():
         mean = model.encode_text(tokenize(prompts), normalize=True).mean(dim=0)
