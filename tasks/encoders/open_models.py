@@ -15,7 +15,6 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +29,6 @@ from evaclip_model.choices import Precision
 from evaclip_model.config import Config
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError, shorten_error
-from evaclip_model.files import write_atomically
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, list_models
 from evaclip_model.reading.transform import describe_preprocessing
 from evaclip_model.training.cost import image_flops
@@ -42,8 +40,6 @@ from tasks.artifacts.artifact import DIGEST_CHARS, sha256_of
 
 OPEN_CLIP = "open_clip:"
 TRANSFORMERS = "transformers:"
-_FORM = 3
-"""Raise it when the same files would get another identity."""
 _OPERATORS = ("nms", "qnms")
 _kept: list[Any] = []  # described operators go when what described them does
 
@@ -86,19 +82,6 @@ class Library:
     identify: Callable[[str], Identity]
     list_files: Callable[[str], list[Path]]
     """The files on this machine that decide what a name means."""
-
-
-def identify_model(spec: str, cache: Path | None = None) -> Identity:
-    """The identity of a model; kept in `cache` until one of its files changes. Raises InputError:
-    no such model, or its preprocessing is not the one it was trained with."""
-    known = cache / f"{_cache_key(spec)}.json" if cache else None
-    if known is not None and known.is_file():
-        return Identity.model_validate_json(known.read_text())
-    found = _identify_uncached(spec)
-    if known is not None:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(known, found.model_dump_json(indent=1) + "\n")
-    return found
 
 
 def open_subject(spec: str, *, device: str = "cpu", precision: Precision = "fp32") -> Subject:
@@ -214,7 +197,9 @@ def architecture_name(config: ModelConfig) -> str:
     return f"own architecture at {px} px"
 
 
-def _identify_uncached(spec: str) -> Identity:
+def identify_model(spec: str) -> Identity:
+    """The identity of a model, read anew. Raises InputError: no such model, or its preprocessing is
+    not the one it was trained with."""
     if library := _find_library(spec):
         return library.identify(spec.partition(":")[2])
     path, architecture = _split_spec(spec)
@@ -282,17 +267,6 @@ def _split_spec(spec: str) -> tuple[Path, str]:
         )
     path, colon, architecture = spec.rpartition(":")
     return (Path(path), architecture) if colon and not Path(spec).exists() else (Path(spec), "")
-
-
-def _cache_key(spec: str) -> str:
-    """Key of a kept identity: the model's files as they are, and the versions that read them."""
-    there = [(path, path.stat()) for path in files_of(spec) if path.exists()]
-    stats = [[str(path.resolve()), s.st_size, s.st_mtime_ns, s.st_ino] for path, s in there]
-    versions = {}
-    for tool in ("evaclip", "open_clip_torch", *(["transformers"] * spec.startswith(TRANSFORMERS))):
-        with suppress(metadata.PackageNotFoundError):
-            versions[tool] = metadata.version(tool)
-    return digest_of({"form": _FORM, "spec": spec, "files": stats, **versions})
 
 
 def import_torchvision(module: str = "") -> ModuleType:

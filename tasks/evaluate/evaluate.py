@@ -88,7 +88,7 @@ def evaluate_models(
     opened = _open_sets(config, sets, cache.root / "indices")
     trained = [read_curve(path) for path in curves]
     specs = {name: str(one) for name, one in models.items()}
-    identities = {name: identify_model(one, cache.root / "models") for name, one in specs.items()}
+    identities = {name: identify_model(one) for name, one in specs.items()}
     parts = {one.train.name: one.train for one in opened.values() if one.train}
     features = Features(cache, machine, config.precision, specs, identities, opened | parts)
     features.compute_missing(out / _JOB, report)

@@ -91,16 +91,6 @@ def test_other_text_weights_have_another_digest_and_an_equal_tower_has_the_same(
     assert first.text_digest == vision.text_digest != both.text_digest
 
 
-def test_an_identity_is_kept_until_a_file_changes(tmp_path: Path, saved_model: SavedModel):
-    folder = shutil.copytree(saved_model(1), tmp_path / "model")
-    first = identify_model(str(folder), tmp_path / "cache")
-    (kept,) = (tmp_path / "cache").iterdir()
-    assert identify_model(str(folder), tmp_path / "cache") == first
-    assert list((tmp_path / "cache").iterdir()) == [kept]
-    shutil.copy(saved_model(2) / "model.safetensors", folder)
-    assert identify_model(str(folder), tmp_path / "cache").digest != first.digest
-
-
 def test_pixels_that_training_did_not_see_are_refused(tmp_path: Path, saved_model: SavedModel):
     folder = shutil.copytree(saved_model(1), tmp_path / "model")
     path = folder / "preprocessing.json"
