@@ -16,7 +16,7 @@ import math
 import shutil
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -153,9 +153,7 @@ def _check_columns(file: Path, config: DownloadConfig) -> tuple[int, list[str]]:
 SHARDS_PER_FILE = 20
 """Shards' worth of rows in one file of rows; so many are in memory at once."""
 HOSTS = 16
-"""Hosts that have to be silent before the network is held to be down."""
-AT_ONCE = 4
-"""Hosts asked at the same time; one answer is enough, so nearly always no more are asked."""
+"""Hosts that have to be silent before the network is held to be down; all are asked at once."""
 LONGEST_S = 5.0
 """Time for one host."""
 
@@ -320,7 +318,7 @@ def _failed_rows(shards: Path, shard: FinishedShard, columns: Sequence[str]) -> 
 
 def silent_hosts(finished: Sequence[FinishedShard], shards: Path, config: DownloadConfig) -> int:
     """Return how many hosts that gave images into these shards do not answer now; 0 if one of them
-    does (a refusal is an answer), or if no shard holds an image."""
+    does (a refusal is an answer), or if no shard holds an image. The newest shards' are asked."""
     # no rules: they would be a second request, and the image was allowed when it was fetched
     unruled = {"respect_robots": False, "respect_ai_txt": False}
     limits = {
@@ -335,27 +333,16 @@ def silent_hosts(finished: Sequence[FinishedShard], shards: Path, config: Downlo
         body, message = fetcher.fetch_image(url)
         return body is not None or outcome_of("failed_to_download", message) not in NETWORK
 
-    urls = list(_pick_urls(finished, shards))
-    with ThreadPoolExecutor(AT_ONCE, "witness") as pool:
-        for begin in range(0, len(urls), AT_ONCE):
-            if any(pool.map(answers, urls[begin : begin + AT_ONCE])):
-                return 0
-    return len(urls)
-
-
-def _pick_urls(finished: Sequence[FinishedShard], shards: Path) -> Iterator[str]:
-    """URLs that gave images, of different hosts, the newest shards first."""
-    hosts: set[str] = set()
+    hosts: dict[str, str] = {}
     for shard in reversed(finished):
         table = pq.read_table(
             shard_files(shards, shard.planned)[1],
             columns=[URL_COLUMN],
             filters=pc.field("status") == "success",
         )
-        for url in table[URL_COLUMN].to_pylist():
-            host = urlsplit(url).netloc
-            if host not in hosts:
-                hosts.add(host)
-                yield url
-            if len(hosts) == HOSTS:
-                return
+        hosts |= {urlsplit(url).netloc: url for url in table[URL_COLUMN].to_pylist()}
+        if len(hosts) >= HOSTS:
+            break
+    asked = list(hosts.values())[:HOSTS]
+    with ThreadPoolExecutor(HOSTS, "witness") as pool:
+        return 0 if any(pool.map(answers, asked)) else len(asked)

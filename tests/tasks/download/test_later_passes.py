@@ -15,7 +15,7 @@ from tasks.download import watch_progress
 from tasks.download.config import Crew, DownloadConfig
 from tasks.download.download import download_images
 from tasks.download.fetch_outcome import Outcome
-from tasks.download.shards import AT_ONCE, FinishedShard, PlannedShard, silent_hosts
+from tasks.download.shards import HOSTS, FinishedShard, PlannedShard, silent_hosts
 from tests.tasks.download.test_download import write_rows
 from tests.tasks.download.web import serving
 
@@ -86,7 +86,7 @@ def finished(shards: Path, urls: dict[str, str]) -> list[FinishedShard]:
 
 def test_one_host_of_many_that_answers_proves_the_network(tmp_path: Path) -> None:
     with serving() as web:
-        dead = {f"http://127.0.0.1:{port}/x.jpg": "success" for port in range(1, AT_ONCE + 2)}
+        dead = {f"http://127.0.0.1:{port}/x.jpg": "success" for port in range(1, HOSTS)}
         shards = finished(tmp_path / "shards", dead | {web.url("missing"): "success"})
         assert silent_hosts(shards, tmp_path / "shards", CONFIG) == 0
         assert web.hits["/missing"] == 1, "a refusal is an answer"
