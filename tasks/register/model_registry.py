@@ -15,7 +15,6 @@ import io
 import json
 import logging
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -28,7 +27,7 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image
 
 import evaclip_model
-from evaclip_model.choices import Form, Precision
+from evaclip_model.choices import Form
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.model.model_config import CONFIG_FILE
@@ -399,24 +398,12 @@ def _export_model(folder: Path, dest: Path, as_: Form) -> Path:
     from evaclip_model.create import open_model
     from evaclip_model.weights.export import export_model, export_onnx
 
-    model = open_model(folder, _stored_precision(folder / WEIGHTS_FILE))
+    model = open_model(folder)
     if as_ == "onnx":
         export_onnx(model, dest)
     else:
         export_model(model, dest, as_)
     return dest
-
-
-def _stored_precision(weights: Path) -> Precision:
-    import torch
-
-    from evaclip_model.weights.tensor_files import read_safetensors
-
-    sizes: Counter[torch.dtype] = Counter()
-    for tensor in read_safetensors(weights).values():
-        sizes[tensor.dtype] += tensor.shape.numel()
-    known: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return known.get(sizes.most_common(1)[0][0], "fp32")
 
 
 def _check_weights(folder: Path, version: ModelVersion) -> None:

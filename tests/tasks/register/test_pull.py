@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evaclip_model import InputError, create_model, open_model, save_model
+from evaclip_model import InputError, open_model
 from tasks.artifacts.artifact import sha256_of
 from tasks.register import model_registry as pulling
 from tasks.register.config import LargeWeights
@@ -60,11 +60,6 @@ def test_weights_that_are_referred_to_come_along(
     assert sha256_of(folder / weights) == sha256_of(trained.folder / "model" / weights)
     assert not (folder / f"{weights}.json").exists()
     open_model(folder)
-
-
-def test_a_pulled_form_keeps_the_weights_dtype(tmp_path: Path) -> None:
-    save_model(create_model("EVA02-CLIP-demo", seed=0, precision="bf16"), tmp_path)
-    assert pulling._stored_precision(tmp_path / "model.safetensors") == "bf16"
 
 
 def test_a_disk_without_room_is_one_sentence_and_nothing_is_left(
