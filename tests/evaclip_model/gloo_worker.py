@@ -28,7 +28,7 @@ def main():
     whole = torch.zeros(ranks * SIZE, dtype=torch.bfloat16)
     own = whole[rank * SIZE : (rank + 1) * SIZE]
     own.copy_(part(rank))
-    all_gather_into_tensor(output_tensor=whole, input_tensor=own, async_op=True).wait()
+    all_gather_into_tensor(output_tensor=whole, input_tensor=own, async_op=False)
     assert whole.equal(everything)
 
     last_two = dist.new_group([ranks - 2, ranks - 1])
