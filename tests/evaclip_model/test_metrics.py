@@ -216,8 +216,7 @@ def test_how_many_draws_are_held_at_once_changes_no_draw(monkeypatch: pytest.Mon
 
 def test_mcnemars_test_agrees_with_published_values():
     # Fagerland, Lydersen and Laake (2013): 1 and 7 children of 21 changed.
-    found = statistics.test_mcnemar(1, 7)
-    assert (round(found.exact, 3), round(found.mid, 3)) == (0.070, 0.039)
+    assert round(statistics.test_mcnemar(1, 7), 3) == 0.039
 
 
 @given(some.integers(0, 40), some.integers(0, 40))
@@ -226,15 +225,14 @@ def test_mcnemars_test_is_the_binomial_one(only_a: int, only_b: int):
     tail = Fraction(sum(math.comb(n, i) for i in range(fewer + 1)), 2**n)
     observed = Fraction(math.comb(n, fewer), 2**n)
     found = statistics.test_mcnemar(only_a, only_b)
-    assert found.exact == pytest.approx(float(min(Fraction(1), 2 * tail)))
-    assert found.mid == pytest.approx(float(min(Fraction(1), 2 * tail - observed)))
+    assert found == pytest.approx(float(min(Fraction(1), 2 * tail - observed)))
     assert found == statistics.test_mcnemar(only_b, only_a)
 
 
 def test_mcnemars_test_takes_as_many_samples_as_imagenet_has():
-    assert 0.9 < statistics.test_mcnemar(25_000, 25_010).mid < 1
-    assert statistics.test_mcnemar(24_000, 26_000).exact < 1e-15
-    assert statistics.test_mcnemar(0, 0) == statistics.McNemar(1.0, 1.0)
+    assert 0.9 < statistics.test_mcnemar(25_000, 25_010) < 1
+    assert statistics.test_mcnemar(24_000, 26_000) < 1e-15
+    assert statistics.test_mcnemar(0, 0) == 1.0
 
 
 @given(some.integers(0, 300), some.integers(0, 300), some.integers(0, 400))
