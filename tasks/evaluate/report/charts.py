@@ -107,21 +107,19 @@ def choose_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def bubble_chart(bubbles: Sequence[Bubble], *, x: str, y: str) -> Markup:
-    """Circles with their names over a logarithmic `x`; the largest always has the same size."""
-    drawn = [one for one in bubbles if math.isfinite(one.y) and one.x > 0]
-    if not drawn:
-        return EMPTY
-    xs, ys = [one.x for one in drawn], [one.y for one in drawn]
+    """Circles, one at least, with their names over a logarithmic `x`; the largest always has the
+    same size."""
+    xs, ys = [one.x for one in bubbles], [one.y for one in bubbles]
     x_ticks = [step * 10.0**power for power in range(-3, 9) for step in (1, 2, 5)]
     y_ticks = choose_ticks(min(ys), max(ys), about=6)
     x_range = min(xs) * 10**-0.12, max(xs) * 10**0.12
     axes = _Axes(760, 380, x, y, x_range, x_ticks, y_ticks, log_x=True)
-    largest = max(one.area or 0.0 for one in drawn) or 1.0
+    largest = max(one.area or 0.0 for one in bubbles) or 1.0
     placed = []
-    taken = [(axes.x(one.x), axes.x(one.x), axes.y(one.y) + 4) for one in drawn]
+    taken = [(axes.x(one.x), axes.x(one.x), axes.y(one.y) + 4) for one in bubbles]
     """Left and right end and height of centres and of the names placed so far."""
     # Ours are named first, so that the published ones make way for them.
-    for one in sorted(drawn, key=lambda bubble: (bubble.style != "subject", -bubble.y)):
+    for one in sorted(bubbles, key=lambda bubble: (bubble.style != "subject", -bubble.y)):
         cx, cy = axes.x(one.x), axes.y(one.y)
         radius = max(SMALLEST, LARGEST * math.sqrt((one.area or 0.0) / largest))
         width = len(one.label) * LETTER
