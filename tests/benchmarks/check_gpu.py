@@ -212,7 +212,7 @@ def _train_small(setting: Setting, precision: Any) -> Row:
         "last loss": losses[-1],
         "overflowed steps": skipped,
         "loss scale": scale,
-        "self-test": f"LAMB {tested.lamb:.1g}, loss {tested.loss:.1g}, "
+        "self-test": f"loss {tested.loss:.1g}, "
         f"attention '{tested.attention_kernel}' {tested.attention:.1g}",
     }
 

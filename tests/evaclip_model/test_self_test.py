@@ -17,12 +17,11 @@ def run(ranks, count, folder, *arguments):
 @pytest.mark.parametrize(("count", "precision"), [(1, "fp32"), (3, "bf16")])
 def test_it_passes_quickly(ranks, tmp_path, count, precision):
     for found in run(ranks, count, tmp_path, precision, "sound"):
-        assert found["lamb"] < 1e-6
         assert found["loss"] < 1e-6
         assert found["attention"] < 0.05
         assert found["seconds"] < 2
 
 
-def test_lamb_that_does_not_sum_over_ranks_stops_every_rank(ranks, tmp_path):
+def test_a_loss_that_loses_gradients_over_ranks_stops_every_rank(ranks, tmp_path):
     for found in run(ranks, 2, tmp_path, "fp32", "broken"):
-        assert "LAMB over these ranks differs" in found["failed"]
+        assert "the loss over these ranks differs" in found["failed"]

@@ -68,7 +68,7 @@ def test_a_dry_run_reports_a_step_and_leaves_nothing_else(tiny_data, ranks, plai
     assert found["micro_batch"] == 6
     assert found["gradient_s"] > 0
     assert found["memory_peak_bytes"] > 2**20
-    assert found["self_test"]["lamb"] < 1e-6
+    assert found["self_test"]["loss"] < 1e-6
     left = {path.name for path in job.parent.iterdir()} - {"rank-0.log", "rank-1.log"}
     assert left == {"train.json", "dry_run.json"}
 
