@@ -19,11 +19,7 @@ from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.monitoring.validation import open_probe, run_probe
-from evaclip_model.zeroshot.exact_ranks import (
-    build_classifier,
-    encode_texts as encode_plain,
-    normalise_features,
-)
+from evaclip_model.zeroshot.exact_ranks import build_classifier, normalise_features
 from tasks.encoders.open_models import identify_model, open_subject
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.encode.distributed import EncodeJob, Features, do_share
@@ -285,8 +281,9 @@ def test_a_classifier_is_the_mean_of_its_prompts(
     prompts = [t.replace("{c}", c) for c in evalset.classnames for t in evalset.templates]
     encode_texts(open_subject(str(saved_model(1))), prompts, tmp_path / "texts")
     found = answer_features(evalset, TextFeatures(tmp_path / "texts"))
-    model = open_model(saved_model(1))
-    expected = build_classifier(encode_plain(model, prompts), evalset.classnames)
+    with torch.inference_mode():
+        features = open_model(saved_model(1)).encode_text(tokenize(prompts), normalize=True)
+    expected = build_classifier(features, evalset.classnames)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
