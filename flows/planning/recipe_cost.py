@@ -33,16 +33,11 @@ from tasks.progress import format_bytes
 
 LARGE_ROWS = 1_000_000  # from here on an estimate is worth its lines
 METADATA_BYTES_PER_ROW = 222  # Re-LAION-2B: 467 GB of parquet for 2.1 billion rows
-MERGE_ROWS_PER_CPU_S = 320_000
-"""`make bench-merge`: 314,000 to 324,000 at 5 to 20 million rows, two threads."""
 BALANCED_ROWS_PER_CPU_S = 85_000  # of those that pass; `make bench-balance`
 WAITING_BYTES = 245
 """Temporary disk of a row read, until its partition is written; `make bench-merge`."""
-URLS_PER_MACHINE_S = 1_000
-"""img2dataset's documentation: one 16-core machine (c6i.4xlarge) at 256 to 384 px."""
 READ_PER_PROCESS_S = 2_000
 """Images of 256 px that a process reads, decodes and crops to 224 px; `make bench-loader`."""
-MACHINES = 10  # what LAION used for LAION-5B in seven days
 GIB = 2**30
 USABLE_SHARE = 0.92  # of a GPU's memory, so that what the allocator cannot use in pieces has room
 TABLE_6_SHARE = {"whole images": 0.28879, "half of the patches masked": 0.22586}
@@ -132,8 +127,6 @@ def estimate_data(recipe: Recipe) -> Iterator[Line]:
     yield Line("metadata rows read", f"{read:,.0f}", origin)
     size = f"{read * METADATA_BYTES_PER_ROW / 1e9:,.0f} GB, read once"
     yield Line("metadata", size, f"{METADATA_BYTES_PER_ROW} bytes a row, as Re-LAION-2B")
-    origin = f"{MERGE_ROWS_PER_CPU_S:,} rows per CPU-second, make bench-merge"
-    yield Line("merge", f"{read / MERGE_ROWS_PER_CPU_S / 3600:,.1f} CPU-hours", origin)
     if recipe.merge.balance:
         origin = f"{BALANCED_ROWS_PER_CPU_S:,} rows per CPU-second, make bench-balance"
         yield Line("balancing", f"{read / BALANCED_ROWS_PER_CPU_S / 3600:,.1f} CPU-hours", origin)
@@ -147,9 +140,6 @@ def estimate_data(recipe: Recipe) -> Iterator[Line]:
         memory = f"{expected_samples(recipe) * NEAR_BYTES / 1e9:,.1f} GB, on one core"
         origin = f"{NEAR_BYTES} bytes a sample, whatever memory_limit says; make bench-scale"
         yield Line("near duplicates, memory", memory, origin)
-    days = f"{wanted / (URLS_PER_MACHINE_S * MACHINES) / 86_400:,.1f} days"
-    origin = f"{URLS_PER_MACHINE_S:,} URLs/s on 16 cores, img2dataset's documentation"
-    yield Line(f"download on {MACHINES} machines", days, origin)
 
 
 def data_table(recipe: Recipe, workers: Workers) -> Table:

@@ -64,5 +64,4 @@ def test_the_estimate_of_merged_2b_adds_up() -> None:
     assert figures["rows selected"] == "4,000,000,000"
     assert figures["shards"] == "400,000"
     assert figures["images"] == "60.6 TB"
-    assert figures["download on 10 machines"] == "4.6 days"
     assert all(line.origin for line in estimate_data(recipe))
