@@ -68,17 +68,26 @@ _JPEG_DAMAGE = ("Corrupt JPEG data", "Premature end")
 class UnreadableImageError(ValueError):
     """These bytes are not an image that can be used; one bad sample, not a failure of the run."""
 
+    word = "undecodable"
+    """What tables and counts say of such a sample."""
+
 
 class TooManyPixelsError(UnreadableImageError):
     """The image is larger than the caller's limit."""
+
+    word = "too_many_pixels"
 
 
 class TooCostlyImageError(UnreadableImageError):
     """Decoding would take, or took, more CPU time than an honest image of that size needs."""
 
+    word = "too_costly"
+
 
 class DamagedImageError(UnreadableImageError):
     """The decoder filled gaps in damaged content by guesses."""
+
+    word = "damaged"
 
 
 @dataclass(frozen=True)

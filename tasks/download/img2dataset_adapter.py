@@ -29,12 +29,6 @@ from tasks.download.watch_progress import OutcomeCounter
 
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """`encode_format` -> Pillow's name of it."""
-_UNDECODED: dict[type[Exception], Outcome] = {
-    image_decoder.TooManyPixelsError: Outcome.TOO_MANY_PIXELS,
-    image_decoder.TooCostlyImageError: Outcome.TOO_COSTLY,
-    image_decoder.DamagedImageError: Outcome.DAMAGED,
-}
-"""What decoding raised, else `UNDECODABLE`."""
 
 
 class HardenedDownloader(Downloader):
@@ -118,7 +112,7 @@ class BoundedResizer:
             pixels = _encode_netpbm(decoded.image)
             del decoded  # 4 bytes a pixel
         except Exception as error:  # one image must not end the shard
-            reason = REFUSALS[_UNDECODED.get(type(error), Outcome.UNDECODABLE)]
+            reason = REFUSALS[Outcome(getattr(error, "word", Outcome.UNDECODABLE))]
             return (*[None] * 5, f"{reason} ({error})")
         stored: tuple[Any, ...] = self._resizer(io.BytesIO(pixels))
         return stored

@@ -191,14 +191,6 @@ class Flaw(StrEnum):
     REPEATED_UID = "repeated_uid"
 
 
-_FLAWS: dict[type[Exception], Flaw] = {
-    image_decoder.TooManyPixelsError: Flaw.TOO_MANY_PIXELS,
-    image_decoder.TooCostlyImageError: Flaw.TOO_COSTLY,
-    image_decoder.DamagedImageError: Flaw.DAMAGED,
-}
-"""What decoding raised, else `UNDECODABLE`."""
-
-
 def verify_shard(tar: Path, job: ShardJob, config: VerifyConfig) -> None:
     """Read `tar`, the file of a job, to its end and write what was found to the job's target."""
     seen = _Seen(config, job)
@@ -319,7 +311,7 @@ def _decode_image(
         image = image_decoder.decode_undamaged_image(encoded, config.max_pixels).image
         grey = grey_of(image.convert("RGB"))
     except Exception as error:  # converting meets what decoding passed over
-        return None, _FLAWS.get(type(error), Flaw.UNDECODABLE)
+        return None, Flaw(getattr(error, "word", Flaw.UNDECODABLE))
     return grey, Flaw.TOO_SMALL if min(image.size) < config.min_image_px else None
 
 
