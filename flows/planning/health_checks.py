@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import resource
 import shutil
 import socket
 import sys
@@ -239,17 +238,9 @@ def shared_memory(_: Profile) -> Iterator[Finding]:
     yield Finding.of(free >= SHARED_BYTES, "/dev/shm", found, do, "warn")
 
 
-def open_files(profile: Profile) -> Iterator[Finding]:
-    """A downloader process holds its connections, and servers theirs."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 512 + 2 * profile.download_threads
-    do, found = f"ulimit -n {max(needed, 4096)}", f"{soft} allowed, {needed} may be needed"
-    yield Finding.of(not 0 <= soft < needed, "open files", found, do, "warn")
-
-
 CHECKS: tuple[Check, ...] = (
     *(check_python, check_versions, check_root, check_tracking, check_servers, check_ports),
-    *(check_gpus, check_tokenizer, check_launcher, shared_memory, open_files),
+    *(check_gpus, check_tokenizer, check_launcher, shared_memory),
 )
 
 
