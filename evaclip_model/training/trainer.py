@@ -176,9 +176,7 @@ class TrainingRun:
         self._profile = metrics.ProfileWindow(profiled, job.run_dir / metrics.PROFILE_FOLDER)
         self._checkpoints = job.checkpoints or job.run_dir / jobs.CHECKPOINTS
         self._settings = saving.settings_of(job.train, rank.model.config)
-        self._probe = (
-            validation.open_probe(job.probe, rank.number, rank.ranks) if job.probe else None
-        )
+        self._probe = validation.open_probe(job.probe) if job.probe else None
         self._pairs = None
         if self._config.validation.every_steps:
             self._pairs = validation.read_held_out(job.shards, self._config, rank.read_settings)
@@ -286,7 +284,7 @@ class TrainingRun:
         every = config.probe_every_steps
         if self._probe is not None and every and step % every == 0:
             # Zero-shot accuracies on the job's probe set after this step.
-            line["probe_top1"], line["probe_top5"] = validation.run_probe(rank.model, self._probe)
+            line |= validation.run_probe(rank.model, self._probe)
         self._metrics.write_line(line)
         watch.take_lap()  # neither validation, the probe nor the log belongs to the next step
         return judged.verdict, gradient.stats

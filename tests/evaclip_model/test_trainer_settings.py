@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from evaclip_model.create import open_model
+from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
 from evaclip_model.training.config import TrainJob
 from evaclip_model.training.monitoring.validation import open_probe, run_probe
 from evaclip_model.training.trainer import read_workers_of
 from evaclip_model.training.worker import DATA_ERROR
-from tests.evaclip_model.trainer_runs import finish, job_of, start
+from evaclip_model.zeroshot.set_layout import Span
+from tests.evaclip_model.trainer_runs import TINY, finish, job_of, start
 
 SHORT = {"samples_seen": 6 * 24}
 
@@ -141,15 +142,36 @@ def test_a_probe_reports_the_present_weights_and_changes_no_step(
     assert [row["loss"] for row in rows] == [row["loss"] for row in plain[1]]
     assert [row["step"] for row in rows if "probe_top1" in row] == [3, 6]
     final = open_model(job.parent / "model")
-    expected = run_probe(final, open_probe(discs, 0, 1))
-    assert (rows[-1]["probe_top1"], rows[-1]["probe_top5"]) == expected
-    assert expected[1] == 1.0
-    assert expected[0] in {count / 10 for count in range(11)}
+    expected = run_probe(final, open_probe(discs))
+    assert expected == {name: rows[-1][name] for name in ("probe_top1", "probe_top5")}
+    assert expected["probe_top5"] == 1.0
+    assert expected["probe_top1"] in {count / 10 for count in range(11)}
+
+
+def test_an_image_of_a_probe_that_cannot_be_used_counts_as_wrong(discs, caplog, tmp_path):
+    model, probe = create_model(TINY, seed=0), open_probe(discs)
+    assert run_probe(model, probe)["probe_top5"] == 1.0
+    assert not caplog.text
+    broken, missing = tmp_path / "broken.tar", tmp_path / "missing.tar"
+    broken.write_bytes(b"no image")
+    unusable = (Span(broken, 0, 8), Span(broken, 0, 80), Span(missing, 0, 8))
+    found = run_probe(model, probe._replace(images=(*unusable, *probe.images[3:])))
+    assert found["probe_top5"] == 0.7
+    assert "3 of 10 images" in caplog.text
+
+
+@pytest.mark.parametrize("tower", ["visual", "text"])
+def test_a_probe_of_weights_that_have_diverged_warns_and_ends_nothing(discs, caplog, tower):
+    model = create_model(TINY, seed=0).train()
+    next(getattr(model, tower).parameters()).data.fill_(torch.nan)
+    assert run_probe(model, open_probe(discs)) == {}
+    assert "no figures" in caplog.text
+    assert model.training
 
 
 def test_a_probe_that_is_no_evaluation_set_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be read as an evaluation set"):
-        open_probe(tmp_path, 0, 1)
+        open_probe(tmp_path)
 
 
 def test_events_without_their_package_are_refused_with_what_to_install(tiny_data, ranks, tmp_path):

@@ -8,6 +8,7 @@ the figures from all features: they do not depend on the number of ranks, and no
 on alone. Nothing is drawn, and the model stays as it is.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -36,6 +37,7 @@ from evaclip_model.zeroshot.statistics import count_hits, hit_rate
 BLOCK = 64
 """Images or pairs that are encoded at once."""
 PROMPTS_BLOCK = 256
+_log = logging.getLogger(__name__)
 
 
 class HeldOutPairs(NamedTuple):
@@ -136,17 +138,17 @@ def _encode_texts(model: EvaClip, texts: Sequence[str], block: int = BLOCK) -> T
 
 
 class ProbeSet(NamedTuple):
-    """A rank's part of the images, encoded; and all classes."""
+    """All classes of a set, where its images lie, and their labels [N]; the same on every rank."""
 
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
-    images: tuple[bytes, ...]
-    labels: tuple[int, ...]
+    images: tuple[set_layout.Span, ...]
+    labels: Tensor
 
 
-def open_probe(folder: Path, rank: int, ranks: int) -> ProbeSet:
-    """Read every image number `rank`, `rank` + `ranks` ... of a set into memory. Raises InputError
-    when the folder holds no such set, or a sample has no image or no class."""
+def open_probe(folder: Path) -> ProbeSet:
+    """Find every image of a set. Raises InputError when the folder holds no such set, or a sample
+    has no image or no class."""
     found: list[tuple[set_layout.Span, int]] = []
     try:
         names = set_layout.read_lines(folder / set_layout.CLASSNAMES, "one class name a line")
@@ -170,51 +172,46 @@ def open_probe(folder: Path, rank: int, ranks: int) -> ProbeSet:
         raise InputError(
             f"probe {folder} cannot be read as an evaluation set: {error}; or leave 'probe' out"
         ) from None
-    mine = found[rank::ranks]
-    images, labels = (span.read() for span, _ in mine), (label for _, label in mine)
-    return ProbeSet(names, templates, tuple(images), tuple(labels))
+    labels = torch.tensor([label for _, label in found], dtype=torch.long)
+    return ProbeSet(names, templates, tuple(span for span, _ in found), labels)
 
 
 @torch.no_grad()
-def run_probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
-    """Shares of all ranks' images whose class is first, and among the first five; every rank calls.
+def run_probe(model: EvaClip, probe: ProbeSet) -> dict[str, float]:
+    """Shares of the images whose class is first, and among the first five. Every rank calls it, and
+    gets the same.
 
-    An image that cannot be decoded, or whose feature is not finite, counts as wrong; all do when
-    a prompt's feature is not.
+    An image that cannot be read or decoded, or whose feature is not finite, counts as wrong.
+    Nothing, and a warning, where no image's feature is finite or some prompt's is not: whether
+    training goes on with such weights is for the guards to say.
     """
     was_training = model.training
     model.eval()
-    prompts = exact_ranks.fill_templates(part.classnames, part.templates)
-    features = _encode_texts(model, prompts, PROMPTS_BLOCK)
-    classifier = exact_ranks.build_classifier(features.cpu(), part.classnames)
-    right = torch.zeros(3, dtype=torch.float64)
-    right[2] = len(part.images)
-    # A logit that is not finite would rank every answer first.
-    for first in range(0, len(part.images) if classifier.isfinite().all() else 0, BLOCK):
-        some = slice(first, first + BLOCK)
-        features, labels = _encode_images(model, part.images[some], part.labels[some])
-        if len(labels):
-            ranks = exact_ranks.rank_classes(features, classifier, labels).ranks
-            right[0] += count_hits(ranks, 1)
-            right[1] += count_hits(ranks, 5)
+    weight, size = model.logit_scale, model.config.vision.image_px
+    transform = image_transform(model)
+
+    def encode_images(some: slice) -> Tensor:
+        spans = probe.images[some]
+        pixels = torch.full((len(spans), 3, size, size), torch.nan)
+        for place, span in enumerate(spans):
+            # A rank that raised would leave the others waiting.
+            with suppress(UnreadableImageError, InputError, OSError):
+                pixels[place] = transform(decode_image(span.read()))
+        return model.encode_image(pixels.to(weight.device, weight.dtype), normalize=True)
+
+    images = encode_in_blocks(model, len(probe.images), encode_images).cpu()
+    filled = exact_ranks.fill_templates(probe.classnames, probe.templates)
+    prompts = _encode_texts(model, filled, PROMPTS_BLOCK).cpu()
     model.train(was_training)
-    right = Peers.every_rank().add_up(right.to(model.logit_scale.device))
-    first_right, five_right, total = right.tolist()
-    return first_right / max(1.0, total), five_right / max(1.0, total)
-
-
-def _encode_images(
-    model: EvaClip, images: tuple[bytes, ...], labels: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Unit features [n, E] of those that have any, on the CPU, and their labels [n]."""
-    transform, pixels, known = image_transform(model), [], []
-    for image, label in zip(images, labels, strict=True):
-        with suppress(UnreadableImageError):
-            pixels.append(transform(decode_image(image)))
-            known.append(label)
-    if not pixels:
-        return torch.zeros(0, model.config.embed_dim), torch.zeros(0, dtype=torch.long)
-    stacked = torch.stack(pixels).to(model.logit_scale.device, model.logit_scale.dtype)
-    features = model.encode_image(stacked, normalize=True).float().cpu()
-    finite = features.isfinite().all(1)
-    return features[finite], torch.tensor(known)[finite]
+    usable = images.isfinite().all(1)
+    leads, unusable = Peers.every_rank().rank == 0, int((~usable).sum())
+    if leads and unusable:
+        what = "cannot be read, or have no finite feature"
+        _log.warning("probe: %d of %d images %s", unusable, len(images), what)
+    if not (usable.any() and prompts.isfinite().all()):
+        if leads:
+            _log.warning("probe: no figures, because features are not finite")
+        return {}  # a logit that is not finite would rank every answer first
+    classifier = exact_ranks.build_classifier(prompts, probe.classnames)
+    ranks = exact_ranks.rank_classes(images[usable], classifier, probe.labels[usable]).ranks
+    return {f"probe_top{k}": count_hits(ranks, k) / len(images) for k in (1, 5)}
