@@ -227,13 +227,11 @@ def load_weights(
 
 
 def resize_positions(table: Tensor, grid: int) -> Tensor:
-    """Resize [1, 1 + n * n, W] to [1, 1 + grid * grid, W], bicubic without antialiasing, in at
-    least float32; the dtype and the class token's row stay."""
+    """Resize [1, 1 + n * n, W] to [1, 1 + grid * grid, W] as `resize_bicubic`; the class token's
+    row stays."""
     old = math.isqrt(table.shape[1] - 1)
-    if old == grid:
-        return table
     image = table[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, W, n, n]
-    image = _resize_bicubic(image, grid)
+    image = resize_bicubic(image, grid)
     return torch.cat((table[:, :1], image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
 
@@ -247,12 +245,9 @@ def resize_text_positions(table: Tensor, length: int) -> Tensor:
     return torch.cat((table[:kept], rest[0].t()))
 
 
-def resize_patch_kernel(kernel: Tensor, patch_px: int) -> Tensor:
-    """Resize [W, 3, p, p] to [W, 3, patch_px, patch_px], bicubic as positions are."""
-    return kernel if kernel.shape[-1] == patch_px else _resize_bicubic(kernel, patch_px)
-
-
-def _resize_bicubic(image: Tensor, size: int) -> Tensor:
+def resize_bicubic(image: Tensor, size: int) -> Tensor:
+    """Resize [N, C, n, n] to [N, C, size, size], without antialiasing, in at least float32; the
+    dtype stays."""
     return F.interpolate(to_float32(image), size=(size, size), mode="bicubic").to(image.dtype)
 
 
@@ -341,7 +336,7 @@ def _fill_tensor(target: Tensor, entry: Entry, stored: Mapping[str, StoredTensor
         case "text.positional_embedding":
             value = resize_text_positions(to_float32(value), target.shape[0])
         case "visual.patch_embed.proj.weight":
-            value = resize_patch_kernel(to_float32(value), target.shape[-1])
+            value = resize_bicubic(to_float32(value), target.shape[-1])
     target.copy_(value)
 
 

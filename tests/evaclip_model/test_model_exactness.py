@@ -16,7 +16,7 @@ from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.layers import GridRope, rotate_pairs
 from evaclip_model.model.model_config import ModelConfig, list_models, shipped_name
 from evaclip_model.training.loss.contrastive import contrastive_loss
-from evaclip_model.weights.load import resize_patch_kernel, resize_positions
+from evaclip_model.weights.load import resize_bicubic, resize_positions
 
 DATA = Path(__file__).parent / "data" / "models"
 RELEASED = json.loads(gzip.decompress((DATA / "released_keys.json.gz").read_bytes()))
@@ -167,7 +167,7 @@ def test_position_tables_resize_as_the_original(change: str):
 
 def test_patch_kernels_resize_as_the_original():
     tables = load_file(DATA / "resized_tables.safetensors")
-    resized = resize_patch_kernel(tables["16to14_psz14to16.patch_embed.before"], 16)
+    resized = resize_bicubic(tables["16to14_psz14to16.patch_embed.before"], 16)
     torch.testing.assert_close(
         resized, tables["16to14_psz14to16.patch_embed.after"], rtol=0, atol=1e-5
     )
