@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import sqrt
 from typing import Any
 
+from tasks.evaluate.paper.published import members_of
 from tasks.evaluate.report.findings import Figure, Findings
 from tasks.evaluate.report.numbers import (
     format_interval,
@@ -110,8 +112,8 @@ def count_verdicts(found: Findings, model: str) -> Counter[str]:
 def average_table(found: Findings) -> Table:
     """The paper's averages; where a set is missing there is none, but one over what is there."""
     table = Table.of(
-        *("average over", words("model"), "average", "sets", "over the sets both have"),
-        *("published, same sets", "difference"),
+        *("average over", words("model"), "average", "95 % interval", "sets"),
+        *("over the sets both have", "published, same sets", "difference"),
     )
     for key, title in TABLES.items():
         for model in found.models:
@@ -125,12 +127,33 @@ def average_table(found: Findings) -> Table:
                 Cell("refused", "bad", notes=table.cite([average["reason"]]))
                 if average["value"] is None
                 else format_points(average["value"]),
+                format_interval(average_interval(found, key, model)),
                 f"{sets} of {sets + len(average['missing'])}",
                 format_points(common),
                 format_points(reference),
                 format_signed(common - reference) if None not in (common, reference) else NOTHING,
             )
     return table
+
+
+def average_interval(found: Findings, table: str, model: str) -> tuple[float, float] | None:
+    """95 % interval of a table's average, as a share: its sets' intervals, taken as independent.
+
+    None when a set of the table was not evaluated, and for DataComp's.
+    """
+    figures = list_averaged(found, table, model)
+    given = [(x.value, x.interval) for x in figures if x.value is not None and x.interval]
+    if not given or len(given) < len(figures):
+        return None
+    mean = sum(value for value, _ in given) / len(given)
+    half = sqrt(sum(((high - low) / 2) ** 2 for _, (low, high) in given)) / len(given)
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def list_averaged(found: Findings, table: str, model: str) -> list[Figure]:
+    """A model's figures that a table of the paper averages."""
+    members = members_of(table).items()
+    return [found.get_figure(key, model, known.metric) for key, known in members]
 
 
 def comparison_table(found: Findings, *, headlines_only: bool) -> Table:

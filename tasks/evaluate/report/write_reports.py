@@ -5,11 +5,10 @@ The page is one HTML file that needs no other. What the texts say is in `*.j2` b
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import sqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
@@ -17,11 +16,11 @@ from evaclip_model.errors import escape_control
 from evaclip_model.files import write_atomically
 from tasks.evaluate.config import FIGURES, MARKDOWN, REPORT, SUMMARY
 from tasks.evaluate.metrics.scored import Scored
-from tasks.evaluate.paper.published import members_of, paper, rows_of
+from tasks.evaluate.paper.published import paper, rows_of
 from tasks.evaluate.report import examples, tables
 from tasks.evaluate.report.charts import Bubble, Curve, bubble_chart, loss_chart
-from tasks.evaluate.report.findings import Figure, Findings
-from tasks.evaluate.report.numbers import format_interval, format_percent, format_points
+from tasks.evaluate.report.findings import Findings
+from tasks.evaluate.report.numbers import format_percent
 from tasks.evaluate.report.paper_form import paper_tables
 from tasks.evaluate.report.templates import TEMPLATES
 
@@ -49,7 +48,6 @@ def write_reports(
         "found": found,
         "about": found.describe_model(found.subject),
         "sentences": summary_sentences(found),
-        "tiles": headline_tiles(found),
         "extent": tables.count_sets_and_images(found),
         "images_seen": images_seen,
         "failures": tables.failure_table(found),
@@ -150,44 +148,13 @@ def _describe_set(found: Findings, key: str, scored: Mapping[str, Scored]) -> di
     }
 
 
-MOST_TILES = 8
-SETS_IN_FULL = 3
-"""Up to so many sets, every set has its own headline figures; beyond, tables' averages do."""
-OTHERS_IN_TILES = 2
-
-
-class Tile(NamedTuple):
-    of: str
-    value: str
-    facts: Sequence[tuple[str, str]]
-    """Name and value of what stands below it."""
-
-
-def headline_tiles(found: Findings) -> list[Tile]:
-    """The headline figures: of every set when they are few, else of the paper's tables that are
-    whole."""
-    whole = [
-        table
-        for table in tables.TABLES
-        if (average := found.table_average(table, found.subject)) and not average["missing"]
-    ]
-    if len(found.sets) <= SETS_IN_FULL or not whole:
-        return _set_tiles(found, found.sets)[:MOST_TILES]
-    first, last = (
-        _set_tiles(found, [key for key in keys if key in found.sets])
-        for keys in (("imagenet1k",), ("flickr30k", "coco"))
-    )
-    return [*first, *(_average_tile(found, table) for table in whole), *last][:MOST_TILES]
-
-
 def summary_sentences(found: Findings) -> list[str]:
     """The evaluation in sentences; what they say is in `sentences.txt.j2`."""
     averages, others, seen = [], [], []
     for table, title in tables.TABLES.items():
         if average := found.table_average(table, found.subject):
-            verdicts = [
-                one.paper.get("verdict") for one in _paper_figures(found, table, found.subject)
-            ]
+            figures = tables.list_averaged(found, table, found.subject)
+            verdicts = [one.paper.get("verdict") for one in figures]
             averages.append(
                 {
                     "title": title,
@@ -221,60 +188,3 @@ def summary_sentences(found: Findings) -> list[str]:
         warnings=[n for key in found.sets if (n := len(found.describe_set(key)["warnings"]))],
     )
     return said.strip().split("\n")
-
-
-def average_interval(found: Findings, table: str, model: str) -> tuple[float, float] | None:
-    """95 % interval of a table's average, as a share: its sets' intervals, taken as independent.
-
-    None when a set of the table was not evaluated, and for DataComp's.
-    """
-    figures = _paper_figures(found, table, model)
-    given = [(x.value, x.interval) for x in figures if x.value is not None and x.interval]
-    if not given or len(given) < len(figures):
-        return None
-    mean = sum(value for value, _ in given) / len(given)
-    half = sqrt(sum(((high - low) / 2) ** 2 for _, (low, high) in given)) / len(given)
-    return max(0.0, mean - half), min(1.0, mean + half)
-
-
-def _paper_figures(found: Findings, table: str, model: str) -> list[Figure]:
-    """A model's figures that a table of the paper averages."""
-    members = members_of(table).items()
-    return [found.get_figure(key, model, known.metric) for key, known in members]
-
-
-def _set_tiles(found: Findings, sets: Sequence[str]) -> list[Tile]:
-    return [
-        Tile(
-            f"{found.set_name(one.evalset)} · {one.title}",
-            format_percent(one.value),
-            [*_list_facts(found, one)],
-        )
-        for key in sets
-        for one in found.headline_figures(key)
-        if one.value is not None
-    ]
-
-
-def _list_facts(found: Findings, figure: Figure) -> Iterator[tuple[str, str]]:
-    if figure.interval:
-        yield "95 % interval", format_interval(figure.interval)
-    if figure.paper:
-        yield "published", f"{100 * figure.paper['published']:.1f} %"
-    for other in found.others[:OTHERS_IN_TILES]:
-        if (theirs := found.set_results(figure.evalset, other).get(figure.metric)) is not None:
-            yield other, format_percent(theirs)
-    if figure.chance is not None:
-        yield "chance", format_percent(figure.chance)
-
-
-def _average_tile(found: Findings, table: str) -> Tile:
-    average = found.table_average(table, found.subject)
-    facts: list[tuple[str, str]] = []
-    if spread := average_interval(found, table, found.subject):
-        facts.append(("95 % interval", format_interval(spread)))
-    if (reference := average["intersection_reference"]) is not None:
-        facts.append(("published", f"{reference:.1f} %"))
-    if average["delta"] is not None:
-        facts.append(("gap Δ", format_points(average["delta"])))
-    return Tile(f"Average of {tables.TABLES[table]}", f"{average['value']:.1f} %", facts)

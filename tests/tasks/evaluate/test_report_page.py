@@ -18,13 +18,14 @@ from evaclip_model.reading.image_decoder import decode_image
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.report.examples import THUMBNAIL_PX
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.tables import average_table, count_verdicts
-from tasks.evaluate.report.write_reports import (
+from tasks.evaluate.report.numbers import format_interval
+from tasks.evaluate.report.tables import (
     average_interval,
-    headline_tiles,
-    summary_sentences,
-    write_reports,
+    average_table,
+    count_verdicts,
+    glance_table,
 )
+from tasks.evaluate.report.write_reports import summary_sentences, write_reports
 from tasks.evaluate.sets.set_registry import known_sets
 from tests.tasks.evaluate.made_up import made_up
 
@@ -175,7 +176,7 @@ def test_one_set_alone_is_a_report(key: str, tmp_path: Path):
     assert f"set-{key}" in page.ids and "verdicts" not in page.ids and "models" not in page.ids
     assert markdown.read_text().startswith("# Made-up evaluation\n")
     assert len(summary.read_text()) < 3_000
-    assert len(headline_tiles(Findings(results))) == (2 if key == "flickr30k" else 1)
+    assert len(glance_table(Findings(results)).rows) == (2 if key == "flickr30k" else 1)
 
 
 @pytest.mark.parametrize("key", ["cifar10", "flickr30k"])
@@ -245,6 +246,7 @@ def test_an_average_has_an_interval_only_where_all_its_sets_have(made: tuple[Res
     assert average_interval(found, "2", "candidate") is None
     table = average_table(found)
     assert table is not None
+    assert table.rows[0].cells[3].text == format_interval((low, high))
     assert [one.cells[2].text == "refused" for one in table.rows] == [
         *(False, False, True, True, True, True)
     ]
