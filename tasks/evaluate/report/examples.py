@@ -1,14 +1,14 @@
 """The examples that the report shows, with their pictures.
 
 Examples are drawn at random with a seed made of the set's fingerprint, never picked by looks;
-where only right answers or only mistakes are drawn from, the page says so.
+where only right answers, only others or only the commonest confusions are, the page says so.
 """
 
 import base64
 import io
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -36,13 +36,12 @@ class Amount(NamedTuple):
     """Queries drawn from those answered right, each direction."""
     others: int
     """Queries drawn from the others."""
-    mistakes: int
     confusions: int
 
     @classmethod
     def for_sets(cls, count: int) -> Self:
         """The amount that keeps the page of `count` sets below a few megabytes."""
-        return cls(3, 5, 15, 10) if count <= FEW_SETS else cls(2, 3, 5, 5)
+        return cls(3, 5, 10) if count <= FEW_SETS else cls(2, 3, 5)
 
 
 def pick_searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
@@ -87,16 +86,6 @@ def pick_readings(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     ]
 
 
-def pick_mistakes(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
-    """Wrongly classified images beside an image of the class they were taken for."""
-    assert scored.classes is not None
-    evalset, ranks = scored.evalset, scored.classes.ranks
-    wrong = torch.nonzero(ranks > 0).flatten().tolist()
-    drawn = sorted(_draw_sample(evalset, wrong, amount.mistakes))
-    said = scored.classes.top[:, 0].tolist()
-    return _show_pairs(evalset, [(x, said[x], {"rank": int(ranks[x]) + 1}) for x in drawn])
-
-
 def find_confusions(scored: Scored) -> dict[tuple[int, int], list[int]]:
     """(Class, another that was given) -> its images that were; the commonest first."""
     assert scored.classes is not None
@@ -112,29 +101,17 @@ def pick_confusions(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     """The commonest confusions, each with one of its images and one of the other class."""
     evalset = scored.evalset
     sizes = Counter(sample.label for sample in evalset.samples)
-    commonest = [*find_confusions(scored).items()][: amount.confusions]
-    pairs = [
-        (_draw_sample(evalset, images, 1)[0], said, {"times": len(images), "of": sizes[actual]})
-        for (actual, said), images in commonest
-        if len(images) > 1
-    ]
-    return _show_pairs(evalset, pairs)
-
-
-def _show_pairs(
-    evalset: EvalSet, pairs: Iterable[tuple[int, int, dict[str, int]]]
-) -> list[dict[str, Any]]:
-    """An image beside one of the class that it was taken for, of each (image, class, more)."""
     of_class = {one.label: index for index, one in reversed([*enumerate(evalset.samples)])}
     return [
         {
-            "actual": evalset.classnames[evalset.samples[index].label],
+            "actual": evalset.classnames[actual],
             "said": evalset.classnames[said],
-            "picture": _image_thumbnail(evalset, index),
+            "picture": _image_thumbnail(evalset, _draw_sample(evalset, images, 1)[0]),
             "example": _image_thumbnail(evalset, of_class[said]) if said in of_class else None,
-            **more,
+            "times": len(images),
+            "of": sizes[actual],
         }
-        for index, said, more in pairs
+        for (actual, said), images in [*find_confusions(scored).items()][: amount.confusions]
     ]
 
 

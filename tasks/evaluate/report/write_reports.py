@@ -138,7 +138,6 @@ def _describe_set(found: Findings, key: str, scored: Mapping[str, Scored]) -> di
         "classes": classes,
         "weakest": replace(classes, rows=classes.rows[:CLASSES_SHOWN]),
         "confusions": examples.pick_confusions(ranked, amount) if ranked else [],
-        "mistakes": examples.pick_mistakes(ranked, amount) if ranked else [],
         "class_searches": (
             examples.class_searches(one, amount) if one and one.scores is not None else []
         ),
