@@ -11,11 +11,10 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 from tasks.download.fetch_outcome import NETWORK, Outcome
-from tasks.progress import format_bytes
+from tasks.progress import format_bytes, format_duration
 
 _ORDER = tuple(Outcome)
 _LAYOUT = struct.Struct(f"<{len(_ORDER) + 2}Q")
@@ -128,13 +127,13 @@ class Watch:
         return self._seen[-1][1]
 
     def progress_line(self) -> str:
-        """`12,345 fetched (93.1 %), 4.2 GB, 812 URLs/s, 3:12:40 left`."""
+        """`12,345 fetched (93.1 %), 4.2 GB, 812 URLs/s, 03:12:40 left`."""
         now, tried = self._now, self._now.counts.total()
         fetched = now.counts[Outcome.SUCCESS]
         share = f" ({fetched / tried:.1%})" if tried else ""
         per_s = self._urls_per_s()
         left = self._rows_total - self.rows_done
-        eta = f", {timedelta(seconds=round(left / per_s))} left" if per_s and left else ""
+        eta = f", {format_duration(left / per_s)} left" if per_s and left else ""
         size = format_bytes(now.fetched_bytes)
         return f"{fetched:,} fetched{share}, {size}, {per_s:.0f} URLs/s{eta}"
 

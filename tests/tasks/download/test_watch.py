@@ -20,7 +20,7 @@ def test_the_line_says_how_far_how_fast_and_how_long() -> None:
     watch = Watch(1_000, 100_000, 0.3)
     watch.take_progress(0.0, progress())
     watch.take_progress(10.0, progress(success=900, not_found=100, fetched_bytes=25_000_000))
-    assert watch.progress_line() == "900 fetched (90.0%), 25 MB, 100 URLs/s, 0:16:20 left"
+    assert watch.progress_line() == "900 fetched (90.0%), 25 MB, 100 URLs/s, 00:16:20 left"
     assert watch.rows_done == 2_000
     assert watch.progress_figures() == {
         "urls_per_s": 100,
