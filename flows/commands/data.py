@@ -98,13 +98,9 @@ def lineage(
         ),
     ],
     alias: Annotated[str, Option(help="whose last holder a model is compared with")] = "champion",
-    svg: Annotated[
-        Path | None, Option(help="of a model: write the picture to this file, too")
-    ] = None,
 ) -> None:
     """Say what a model was made from, or what was made of a dataset or a source."""
     from flows.graph import ancestry  # imports mlflow, as the next ones do
-    from tasks.lineage.lineage_svg import lineage_svg
     from tasks.register.model_versions import describe_version, find_predecessor, is_address
 
     profile = load_profile()
@@ -112,15 +108,9 @@ def lineage(
         version = describe_version(profile.mlflow_uri, what)
         before = find_predecessor(profile.mlflow_uri, version, alias)
         lines = ancestry.version_tree(version, before)
-    elif svg is not None:
-        raise InputError("--svg draws a model: name it as NAME@ALIAS or NAME/VERSION")
     else:
         lines = ancestry.data_trees(profile, what)
     console.print("\n".join(lines), soft_wrap=True)
-    if svg is not None and version.lineage is not None:
-        aliases = "".join(f" @{alias}" for alias in version.aliases)
-        svg.write_text(lineage_svg(version.lineage, f"{version}{aliases}"))
-        console.print(f"\nthe picture is in {svg}", soft_wrap=True)
 
 
 def takedown(

@@ -24,18 +24,13 @@ def digests(root: Path) -> dict[str, str]:
     return found
 
 
-def test_a_models_tree_names_all_that_it_was_made_from_and_is_drawn(
-    finished: Demo, tmp_path: Path
-) -> None:
-    picture = tmp_path / "lineage.svg"
-    command = ["lineage", "models:/evaclip-demo@champion", "--svg", str(picture)]
-    ended = run(command, finished.root)
+def test_a_models_tree_names_all_that_it_was_made_from(finished: Demo) -> None:
+    ended = run(["lineage", "models:/evaclip-demo@champion"], finished.root)
     assert ended.status == 0, ended.errors
     made = digests(finished.root)
     del made["register"]
     for title, digest in made.items():
         assert f"{title} {digest}" in ended.output
-        assert digest in picture.read_text()
     first, *_ = ended.output.splitlines()
     assert first.startswith("evaclip-demo/1 ") and "@champion" in first
     assert "no other version of evaclip-demo to compare with" in ended.output
