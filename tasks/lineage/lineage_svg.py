@@ -30,8 +30,7 @@ class _LineageBox:
 
 def lineage_svg(lineage: Lineage, name: str = "") -> str:
     """The picture, as the text of an `<svg>` element that can stand in a page or alone in a file.
-    `name`, if given, is of what was registered from it and, behind a space, what goes below it in a
-    last box, such as `evaclip/3 @champion`."""
+    `name`, if given, is of what was registered from it, such as `evaclip/3`: a last box."""
     from jinja2 import Environment, StrictUndefined  # only where a picture is drawn
 
     boxes = _make_boxes(lineage, name)
@@ -77,9 +76,7 @@ def _make_boxes(lineage: Lineage, name: str) -> list[_LineageBox]:
         boxes.append(_LineageBox(node.digest, kind, node.title, lines, column, tuple(parents)))
     if name:
         column = 1 + max(columns.values(), default=-1)
-        title, *below = name.split(" ", 1)
-        small = ["registered", *below]
-        boxes.append(_LineageBox(name, "model head", title, small, column, lineage.heads))
+        boxes.append(_LineageBox(name, "model head", name, ["registered"], column, lineage.heads))
     return boxes
 
 

@@ -9,7 +9,7 @@ from itertools import combinations
 from tasks.artifacts.artifact import Lineage, Node
 from tasks.lineage.lineage_svg import BOX_HEIGHT, BOX_WIDTH, lineage_svg
 
-NAME = "evaclip/3 @champion"
+NAME = "evaclip/3"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
