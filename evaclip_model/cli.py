@@ -196,7 +196,7 @@ def convert(
         )
 
     from evaclip_model.create import create_model, load_model
-    from evaclip_model.weights.export import export_model, export_onnx
+    from evaclip_model.weights.export import export_model
     from evaclip_model.weights.load import load_weights
 
     if part == "all":
@@ -209,7 +209,7 @@ def convert(
     if report.expected_gaps:
         gaps = ", ".join(report.expected_gaps[:2]) + ", …" * (len(report.expected_gaps) > 2)
         print(f"evaclip: not taken from the source, so at initial values: {gaps}", file=sys.stderr)
-    for path in export_onnx(model, dest) if form == "onnx" else export_model(model, dest, form):
+    for path in export_model(model, dest, form):
         print(path)
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from evaclip_model.choices import Library
+from evaclip_model.choices import Form, Library
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.model import model_config as shapes
@@ -31,7 +31,7 @@ _INLINE_BYTES = 1 << 30
 """Largest tower kept inside its graph's file: protobuf ends at 2 GiB."""
 
 
-def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path, ...]:
+def export_model(model: nn.Module, path: str | Path, as_: Form) -> tuple[Path, ...]:
     """Write a model for another library, its tensors in their dtype; returns the files written.
 
     Args:
@@ -39,19 +39,22 @@ def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path
         path: a file that ends in `.safetensors`, for the weights alone; or a folder, for the
             weights and the config under the names the library looks for: timm opens it as
             `local-dir:FOLDER`, transformers with `from_pretrained`, open_clip as `local-dir:FOLDER`
-            where timm has the image tower by name; of other towers it has no config.
+            where timm has the image tower by name; of other towers it has no config. For "onnx" a
+            folder, as `export_onnx` says.
 
     Raises InputError: `as_` is unknown, `path` has another suffix of weights, or the library has no
     such architecture.
     """
     path = Path(path)
-    if as_ not in (known := get_args(Library)):
+    if as_ not in (known := get_args(Form)):
         raise InputError(f"there is no export as '{as_}': choose one of {', '.join(known)}")
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise InputError(
             f"{path}: exports are written as safetensors, never as pickled files; give a name "
             "that ends in .safetensors, or a folder"
         )
+    if as_ == "onnx":
+        return export_onnx(model, path)
     is_file = path.suffix == ".safetensors"
     (path.parent if is_file else path).mkdir(parents=True, exist_ok=True)
     if as_ == "native":

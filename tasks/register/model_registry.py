@@ -325,7 +325,13 @@ def pull_model(
         report(2, 4, "checking the weights")
         _check_weights(got, version)
         report(3, 4, f"writing it as {as_}")
-        made = got if as_ == "native" else _export_model(got, beside / "exported", as_)
+        made = got
+        if as_ != "native":
+            from evaclip_model.create import open_model  # imports torch, as the next one does
+            from evaclip_model.weights.export import export_model
+
+            made = beside / "exported"
+            export_model(open_model(got), made, as_)
         about = {"name": version.name, "version": int(version.version), "form": as_}
         (made / PULLED).write_text(json.dumps({**about, "tags": version.tags}, indent=1) + "\n")
         if dest.exists():
@@ -392,18 +398,6 @@ def _require_room(folder: Path, needed: int) -> None:
             f"the disk of {folder.parent} has {free / 1e9:.1f} GB free and this pull needs "
             f"{needed / 1e9:.1f} GB: free some space, or give a folder on another disk"
         )
-
-
-def _export_model(folder: Path, dest: Path, as_: Form) -> Path:
-    from evaclip_model.create import open_model
-    from evaclip_model.weights.export import export_model, export_onnx
-
-    model = open_model(folder)
-    if as_ == "onnx":
-        export_onnx(model, dest)
-    else:
-        export_model(model, dest, as_)
-    return dest
 
 
 def _check_weights(folder: Path, version: ModelVersion) -> None:
