@@ -46,8 +46,8 @@ class Rule(NamedTuple):
     needs: tuple[str, ...] = ()
     """Fields of `FilterConfig` without which the rule is off: unset, empty, or "keep"."""
 
-    def is_on(self, filters: FilterConfig, off: tuple[object, ...] = (None, (), "keep")) -> bool:
-        return all(attrgetter(name)(filters) not in off for name in self.needs)
+    def is_on(self, filters: FilterConfig) -> bool:
+        return all(attrgetter(name)(filters) not in (None, (), "keep") for name in self.needs)
 
 
 def _list_values(values: Iterable[str], table: str) -> str:
@@ -89,14 +89,6 @@ def listed_expression() -> str:
     """SQL of the entries of blocklists that a blocked row may match; none of any other."""
     entries = ", ".join(("address", *HOST_AND_ABOVE, *HASHES))
     return f"CASE WHEN starts_with(reason, 'blocked_') THEN [{entries}] END"
-
-
-def unjudged_expression(filters: FilterConfig) -> str:
-    """SQL of the `unknown_...` rules that a row which passes would fail, were it not for "keep"."""
-    off = (None, (), "drop")
-    kept = (rule for rule in RULES if len(rule.needs) > 1 and rule.is_on(filters, off))
-    found = ", ".join(f"CASE WHEN {rule.fails} THEN '{rule.reason}' END" for rule in kept)
-    return f"CASE WHEN reason IS NULL THEN [{found or 'NULL::VARCHAR'}] END"
 
 
 def rule_parameters(filters: FilterConfig) -> dict[str, Any]:

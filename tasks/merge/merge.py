@@ -46,7 +46,7 @@ from tasks.merge.merge_plan import Files, MergePlan, SelectionCut, make_plan, re
 from tasks.merge.metadata_files import file_identity, mark_of
 from tasks.merge.shuffle import BUCKET_BITS, LAYOUT
 from tasks.merge.units import (
-    FINDINGS,
+    MATCHES,
     PHASES,
     Chunk,
     files_of_range,
@@ -115,9 +115,7 @@ def merge_sources(
         fill_blocklists(connection, config)
         blocked = read_blocked(connection, config)
         for file in plan.files:
-            found = json.loads((rows_folder(plan, file) / FINDINGS).read_text())
-            blocked -= set(found["matched"])
-            totals["sources"][file.source]["kept_unjudged"].update(found["unjudged"])
+            blocked -= set(json.loads((rows_folder(plan, file) / MATCHES).read_text()))
         parts = [path for range_ in plan.list_ranges() for path in files_of_range(plan, *range_)]
         written = rows_in(connection, list(map(str, parts)))
         if config.balance:
@@ -299,7 +297,6 @@ def _sum_totals(
                 "selected": selected,
                 "dropped": {reason: reasons[reason] for reason in REASONS},
                 "also_in": overlaps[number],
-                "kept_unjudged": Counter[str](),
                 "unreadable_lines": [file.first_bad_line for file in files if file.bad_lines],
                 "sidecars": sidecars,
             }

@@ -10,7 +10,6 @@ same time, in processes or on machines that share the folder.
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
@@ -45,9 +44,8 @@ from tasks.merge.merge_plan import (
 )
 from tasks.tables.parquet_tables import cut_tables
 
-FINDINGS = "findings.json"
-"""In the folder of a metadata file's rows: the entries of blocklists that they match, and how many
-of those that pass a rule could not judge."""
+MATCHES = "matches.json"
+"""In the folder of a metadata file's rows: the entries of blocklists that they match."""
 OUTPUT = pa.schema(
     {
         **dict.fromkeys(("uid", "source", "url", "caption", "original_id"), pa.string()),
@@ -126,17 +124,13 @@ def read_blocked(connection: DuckDBPyConnection, config: MergeConfig) -> set[str
     }
 
 
-def _note_findings(
-    judged: Iterable[pa.RecordBatch], blocked: Set[str], matched: set[str], unjudged: Counter[str]
+def _note_matches(
+    judged: Iterable[pa.RecordBatch], blocked: Set[str], matched: set[str]
 ) -> Iterator[pa.RecordBatch]:
-    """The batches without `listed`, whose entries that are `blocked` are added to `matched`, and
-    without `unjudged`, which is counted."""
+    """The batches without `listed`, whose entries that are `blocked` are added to `matched`."""
     for batch in judged:
         matched |= blocked & set(batch["listed"].drop_null().flatten().to_pylist())
-        rules = batch["unjudged"].drop_null()
-        if rules.flatten().null_count < len(rules.flatten()):
-            unjudged.update(rule for row in rules.to_pylist() for rule in set(row) - {None})
-        yield batch.drop_columns(["listed", "unjudged"])
+        yield batch.drop_columns(["listed"])
 
 
 def list_splits(plan: MergePlan) -> Iterator[tuple[str, str, str, dict[str, str]]]:
@@ -244,7 +238,6 @@ def scan_query(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]
         columns=file.columns,
         rows=load_statement("rows", added=added, joins=joins),
         listed=filters.listed_expression(),
-        unjudged=filters.unjudged_expression(rules),
     )
     return query, parameters
 
@@ -261,13 +254,11 @@ def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> 
             )
         query, parameters = scan_query(plan, file._replace(path=path, columns=columns))
         scanned = execute_query(connection, query, parameters)
-        matched, unjudged = set[str](), Counter[str]()
+        matched = set[str]()
         rows = max(shuffle.ROWS_PER_RUN, shuffle.ROWS_PER_PIECE * plan.partitions)
-        judged = scanned.to_arrow_reader(rows)
-        noted = _note_findings(judged, blocked, matched, unjudged)
-        shuffle.write_rows(noted, folder, file.source, plan.partitions)
-        findings = {"matched": sorted(matched), "unjudged": unjudged}
-        write_atomically(folder / FINDINGS, json.dumps(findings))
+        judged = _note_matches(scanned.to_arrow_reader(rows), blocked, matched)
+        shuffle.write_rows(judged, folder, file.source, plan.partitions)
+        write_atomically(folder / MATCHES, json.dumps(sorted(matched)))
 
     _make_from_file(plan, file.path, rows_folder(plan, file), scan)
 

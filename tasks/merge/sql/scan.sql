@@ -1,5 +1,5 @@
 -- One metadata file: of every row that passes what the output needs, of every other row the first
--- rule it fails; of rows on a blocklist also the entries that they may match (`listed`), of rows that pass the rules that could not judge them (`unjudged`). The key is
+-- rule it fails; of rows on a blocklist also the entries that they may match (`listed`). The key is
 -- what duplicates share and, as the seed is in it, also the place in the selection order.
 WITH published AS (
   SELECT file_row_number AS row_in_file,
@@ -21,6 +21,5 @@ SELECT
   similarity,
   width AS width_hint,
   height AS height_hint,
-  {listed} AS listed,
-  {unjudged} AS unjudged
+  {listed} AS listed
 FROM judged
