@@ -54,6 +54,8 @@ def open_database(
             connection.execute("SET enable_progress_bar = false")
             # Texts of a batch may be longer than 2 GB.
             connection.execute("SET arrow_large_buffer_size = true")
+            # Keys arrive as UUIDs of 16 bytes, not as text.
+            connection.execute("SET arrow_lossless_conversion = true")
             text = ["VARCHAR"]
             connection.create_function(
                 "normalise_host", _host_or_none, text, "VARCHAR", null_handling="special"

@@ -6,7 +6,6 @@ one for a run and partition, beside `*.ends.npy`, where each of them ends: one f
 for a partition, however many there are, and no encoding that costs more than the rows are worth.
 """
 
-import binascii
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -51,7 +50,7 @@ def write_rows(
     judged: Iterable[pa.RecordBatch], folder: Path, source: int, partitions: int
 ) -> None:
     """Split the passing rows of one metadata file over the partitions; `judged` are rows of
-    scan.sql, one batch a run, `key` as 32 hex digits, none where there is a `reason`."""
+    scan.sql, one batch a run, `key` none where there is a `reason`."""
     dropped = Counter[str]()
     ends: list[list[list[int]]] = []
     with ExitStack() as stack:
@@ -94,19 +93,17 @@ def read_keys(folder: Path, source: int, file: int, part: int) -> pa.Table:
 
 def is_alone(keys: pa.Table) -> npt.NDArray[np.bool_]:
     """[rows] Whether no other row's key begins with the same 64 bits: it has no duplicate."""
-    stored = [chunk.storage for chunk in keys.column("key").chunks]
-    begins = [
-        np.frombuffer(chunk.buffers()[1], np.uint64)[2 * chunk.offset :][: 2 * len(chunk) : 2]
-        for chunk in stored
-    ]
+    begins = [_key_bytes(chunk).view(np.uint64)[:, 0] for chunk in keys.column("key").chunks]
     first = np.concatenate([np.empty(0, np.uint64), *begins])
     # Half a key suffices: two rows that share 64 bits by chance are only compared for nothing.
-    order = np.argsort(first)
-    ordered = first[order]
-    differs = ordered[1:] != ordered[:-1]
-    alone = np.empty(len(first), np.bool_)
-    alone[order] = np.append(True, differs) & np.append(differs, True)
-    return alone
+    _, found, rows = np.unique(first, return_inverse=True, return_counts=True)
+    return np.asarray(rows[found] == 1)
+
+
+def _key_bytes(keys: pa.ExtensionArray) -> npt.NDArray[np.uint8]:
+    """[rows, 16] Bytes of keys in the order of their hex digits; arbitrary where there is none."""
+    every = np.frombuffer(keys.storage.buffers()[1], np.uint8).reshape(-1, 16)
+    return every[keys.offset : keys.offset + len(keys)]
 
 
 def _append_batch(files: Sequence[BinaryIO], batch: pa.RecordBatch) -> list[int]:
@@ -119,32 +116,16 @@ def _append_batch(files: Sequence[BinaryIO], batch: pa.RecordBatch) -> list[int]
 
 def _split_run(run: pa.RecordBatch, partitions: int) -> Iterator[pa.RecordBatch]:
     """The passing rows of a run, one batch a partition."""
-    hexadecimal = run.column("key")
-    passing = np.flatnonzero(hexadecimal.is_valid().to_numpy(zero_copy_only=False))
-    keys = np.frombuffer(binascii.unhexlify(_all_characters(hexadecimal)), np.uint8).reshape(-1, 16)
-    if len(keys) != len(passing):
-        raise RuntimeError(f"{len(passing)} keys wanted, {len(keys)} found")
-    bucket = keys[:, 0].astype(np.int32) << 8 | keys[:, 1]
+    key = run.column("key")
+    passing = np.flatnonzero(key.is_valid().to_numpy(zero_copy_only=False))
+    begins = _key_bytes(key)[passing, :2].astype(np.int32)
+    bucket = begins[:, 0] << 8 | begins[:, 1]
     part = (bucket.astype(np.int64) * partitions >> BUCKET_BITS).astype(np.uint16)
     # One sort by partition, then slices: a filter for each partition would read the run again for
     # every one of up to 2,048 partitions.
     order = np.argsort(part, kind="stable")
     bounds = np.searchsorted(part[order], np.arange(partitions + 1))
-    taken = run.drop_columns(["key", "reason"]).take(pa.array(passing[order]))
-    stored = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(16), len(order), [None, pa.py_buffer(keys[order])]
-    )
-    columns = {name: taken.column(name) for name in taken.schema.names}
-    columns["key"] = pa.ExtensionArray.from_storage(pa.uuid(), stored)
-    columns["bucket"] = pa.array(bucket[order])
-    names = [*KEYS.names, *TEXTS.names]
-    sorted_run = pa.RecordBatch.from_arrays([columns[name] for name in names], names=names)
+    taken = run.take(pa.array(passing[order])).append_column("bucket", pa.array(bucket[order]))
+    sorted_run = taken.select([*KEYS.names, *TEXTS.names])
     for first, end in pairwise(bounds):
         yield sorted_run.slice(first, end - first)
-
-
-def _all_characters(texts: pa.Array) -> memoryview:
-    """All characters of a text column in a row; what is none has none."""
-    _, offsets, data = texts.buffers()
-    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
-    return memoryview(data)[bounds[0] : bounds[-1]] if data is not None else memoryview(b"")

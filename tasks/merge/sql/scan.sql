@@ -13,7 +13,7 @@ judged AS (
 SELECT
   row_in_file,
   reason,
-  CASE WHEN reason IS NULL THEN md5($seed::VARCHAR || ':' || address) END AS key,
+  CASE WHEN reason IS NULL THEN md5($seed::VARCHAR || ':' || address)::UUID END AS key,
   CASE WHEN reason IS NULL THEN url END AS url,
   CASE WHEN reason IS NULL THEN caption END AS caption,
   CASE WHEN reason IS NULL AND $keeps_hash THEN image_hash END AS image_hash,

@@ -16,6 +16,11 @@ def key_of(number: int) -> str:
     return hashlib.md5(str(number).encode()).hexdigest()
 
 
+def uuids(numbers: list[int | None]) -> pa.Array:
+    stored = [None if number is None else bytes.fromhex(key_of(number)) for number in numbers]
+    return pa.ExtensionArray.from_storage(pa.uuid(), pa.array(stored, pa.binary(16)))
+
+
 def judged(first: int, rows: int) -> pa.RecordBatch:
     """A run as the scan gives it: every third row is dropped."""
     numbers = range(first, first + rows)
@@ -23,7 +28,7 @@ def judged(first: int, rows: int) -> pa.RecordBatch:
     columns = {
         "row_in_file": pa.array(numbers, pa.int64()),
         "reason": pa.array([None if passing else "unsafe" for passing in passes]),
-        "key": [key_of(n) if p else None for n, p in zip(numbers, passes, strict=True)],
+        "key": uuids([n if p else None for n, p in zip(numbers, passes, strict=True)]),
         "url": [f"http://a/{n}" if p else None for n, p in zip(numbers, passes, strict=True)],
         "caption": [f"ü {n}" if p else None for n, p in zip(numbers, passes, strict=True)],
         "image_hash": [f"{n:032x}" if p else None for n, p in zip(numbers, passes, strict=True)],
@@ -32,7 +37,7 @@ def judged(first: int, rows: int) -> pa.RecordBatch:
         "width_hint": pa.array(numbers, pa.int64()),
         "height_hint": pa.array([None] * rows, pa.int64()),
     }
-    for name in ("key", "url", "caption", "image_hash", "original_id"):
+    for name in ("url", "caption", "image_hash", "original_id"):
         columns[name] = pa.array(columns[name], TEXT)
     return pa.RecordBatch.from_pydict(columns)
 
@@ -79,8 +84,7 @@ def test_a_file_of_which_nothing_passes_or_that_has_no_row_is_read_as_empty(tmp_
 
 def test_alone_is_who_has_no_twin_wherever_the_twin_lies() -> None:
     numbers = [5, 3, 5, 8, 3, 9, 3]
-    stored = pa.array([bytes.fromhex(key_of(number)) for number in numbers], pa.binary(16))
-    whole = pa.table({"key": pa.ExtensionArray.from_storage(pa.uuid(), stored)})
+    whole = pa.table({"key": uuids(numbers)})
     pieces = pa.concat_tables([whole.slice(0, 3), whole.slice(3, 0), whole.slice(3)])
     expected = [False, False, False, True, False, True, False]
     assert is_alone(whole).tolist() == is_alone(pieces).tolist() == expected
