@@ -41,7 +41,7 @@ from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.order import ORDERS, Mixture, Piece, share_of_batch
 from evaclip_model.reading.shard_store import ShardStore
-from evaclip_model.reading.transform import Picture, decode_fast, picture_bytes, train_crop
+from evaclip_model.reading.transform import decode_fast, train_crop
 from evaclip_model.reading.urls import is_url, resolve_location
 
 SHARDS_AHEAD = 2
@@ -92,8 +92,6 @@ class Batch:
 class ReadSettings(Config):
     """Limits on what reading costs; no batch depends on them."""
 
-    cache_bytes: int = 0
-    """Memory for decoded images, when all shards fit into it; 0 decodes every time."""
     workers: int = 0
     """Processes that read and decode ahead, at most; 0: a thread."""
     shard_cache: Path | None = None
@@ -103,9 +101,9 @@ class ReadSettings(Config):
 
 @dataclass(slots=True)
 class _Loaded:
-    """A sample in memory: its caption, and its image encoded or, when kept, decoded."""
+    """A sample in memory: its caption, and its image as it is stored."""
 
-    image: bytes | memoryview | Picture
+    image: bytes | memoryview
     caption: str
     further: stored_samples.Captions
     origin: Origin
@@ -180,10 +178,6 @@ class BatchReader:
         cache = settings.shard_cache if is_remote else None
         room = settings.shard_cache_bytes
         self._store = ShardStore(folder, cache, room, rank=rank, ranks=ranks)
-        total = sum(shard.bytes for shards in self._shards for shard in shards)
-        self._room_for_all = total <= settings.cache_bytes
-        self._room = settings.cache_bytes - total if self._room_for_all else 0
-        self._kept: dict[tuple[int, int], list[_Loaded]] = {}
         self._streams: dict[tuple[int, int], _ShardStream] = {}
         self._windows: dict[tuple[int, int], _Window] = {}
         self._coming: dict[tuple[int, int], tuple[tuple[int, int], Future[_Window]]] = {}
@@ -267,11 +261,7 @@ class BatchReader:
 
     def _start_workers(self, workers: int, first_step: int, steps: int) -> Iterator[Worker]:
         config = self._config
-        limits = {
-            "cache_bytes": self._settings.cache_bytes // workers,
-            "shard_cache_bytes": self._settings.shard_cache_bytes // workers,
-            "workers": 0,
-        }
+        limits = {"shard_cache_bytes": self._settings.shard_cache_bytes // workers, "workers": 0}
         for worker in range(workers):
             settings: dict[str, Any] = {
                 "shards": str(self._location),
@@ -293,7 +283,7 @@ class BatchReader:
         """The cropped image and the sample of a draw, or of the next usable one in its window."""
         epoch, number, place = self._orders[source].locate_draw(lane, draw)
         window = self._open_window(source, lane, epoch, number)
-        is_near_end = place >= len(window.samples) // 2 and not self._room_for_all
+        is_near_end = place >= len(window.samples) // 2
         if is_near_end and (source, lane) not in self._coming:
             after = self._orders[source].next_window(lane, epoch, number)
             future = self._loader.submit(self._load_window, source, lane, *after)
@@ -314,13 +304,7 @@ class BatchReader:
     def _crop_image(self, loaded: _Loaded, position: int) -> Tensor:
         if loaded.flaw is not None:
             raise UnreadableImageError(loaded.flaw)
-        picture = loaded.image
-        if isinstance(picture, bytes | memoryview):
-            picture = self._decode(picture)
-            if (size := picture_bytes(picture)) <= self._room:
-                self._room -= size
-                loaded.image = picture
-        config = self._config
+        picture, config = self._decode(loaded.image), self._config
         return train_crop(
             picture, config.image_px, seed=config.seed, position=position, scale=config.crop_scale
         )
@@ -348,13 +332,8 @@ class BatchReader:
         return _Window(epoch, number, samples, order.shuffle_window(lane, epoch, number).tolist())
 
     def _load_piece(self, source: int, lane: int, piece: Piece) -> list[_Loaded]:
-        """A piece, from memory when all shards fit into it, else from where the lane stands."""
+        """A piece, read from where the lane stands."""
         shard = self._shards[source][piece.shard]
-        if self._room_for_all:
-            if (source, piece.shard) not in self._kept:
-                with closing(self._open_stream(shard)) as stream:
-                    self._kept[source, piece.shard] = stream.take_samples(0, shard.samples)
-            return self._kept[source, piece.shard][piece.start : piece.stop]
         held = self._streams.get((source, lane))
         if held is None or held.shard is not shard or held.samples.next > piece.start:
             if held is not None:

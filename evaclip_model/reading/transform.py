@@ -138,13 +138,6 @@ def train_crop(
     return interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
 
 
-def picture_bytes(picture: Picture) -> int:
-    """Memory that a decoded image takes."""
-    if isinstance(picture, Image.Image):
-        return picture.width * picture.height * len(picture.getbands())
-    return picture.nbytes
-
-
 class _Key(np.random.bit_generator.ISeedSequence):
     """A generator's key as it is: given as `key`, numpy asks the system for randomness besides."""
 

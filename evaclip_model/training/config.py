@@ -411,8 +411,6 @@ class TrainJob(Config):
     """Whether metrics are written as TensorBoard events too, into `tensorboard/`."""
     dry_run: bool = False
     """Stop after the self-test and one step that is thrown away; report memory and time."""
-    cache_bytes: int = Field(default=2 * 2**30, ge=0)
-    """Memory each rank may fill with decoded images; 0 decodes every time."""
     read_workers: int | None = Field(default=None, ge=0)
     """Processes of each rank that read and decode ahead; 0 leaves it to a thread of the rank, none
     takes the cores that a GPU's rank leaves free."""

@@ -104,7 +104,6 @@ class Rank:
             keep_freed_memory()
         self.part_size = size_of_parts(job, self.ranks)
         self.read_settings = ReadSettings(
-            cache_bytes=job.cache_bytes,
             workers=read_workers_of(job, self.device),
             shard_cache=job.shard_cache or job.run_dir / jobs.SHARD_CACHE,
             shard_cache_bytes=job.shard_cache_bytes,

@@ -319,7 +319,6 @@ def settings_of(
         shards=shards,
         run_dir=run_dir,
         threads=1,
-        cache_bytes=0,
         read_workers=options.workers,
     )
     return {

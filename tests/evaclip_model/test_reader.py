@@ -1,4 +1,4 @@
-"""Batches depend on their step alone: not on ranks, memory, or what was read before."""
+"""Batches depend on their step alone: not on ranks, or what was read before."""
 
 import os
 import shutil
@@ -15,8 +15,6 @@ from evaclip_model.reading.reader import WORKER, BatchReader, ReadSettings, Work
 from evaclip_model.reading.samples import ShardManifest
 from evaclip_model.training.config import TrainConfig
 
-PLENTY = 2**30
-
 
 def config(**changes):
     settings = {"name": "x", "image_px": 16, "samples_seen": 24 * 30, "global_batch": 24}
@@ -24,8 +22,8 @@ def config(**changes):
     return TrainConfig(**{**settings, **changes})
 
 
-def reader(folder, *, rank=0, ranks=1, memory=PLENTY, workers=0, **changes):
-    settings = ReadSettings(cache_bytes=memory, workers=workers)
+def reader(folder, *, rank=0, ranks=1, workers=0, **changes):
+    settings = ReadSettings(workers=workers)
     manifest = folder / "shards.json"
     return BatchReader(manifest, config(**changes), rank=rank, ranks=ranks, settings=settings)
 
@@ -70,12 +68,6 @@ def test_a_reader_that_starts_late_goes_on_exactly(small_shards):
         reader(small_shards).iterate_batches(13, 20), from_start[13:], strict=True
     ):
         assert_same(ours, theirs)
-
-
-def test_without_memory_shards_are_streamed_to_the_same_batches(small_shards):
-    kept, streamed = reader(small_shards), reader(small_shards, memory=0)
-    for step in (0, 1, 2, 3, 9, 10, 4):
-        assert_same(streamed.read_batch(step), kept.read_batch(step))
 
 
 def test_sources_are_drawn_by_weight_and_no_sample_again_before_all(small_shards):
@@ -133,7 +125,7 @@ def test_a_truncated_shard_is_one_sentence(small_shards, tmp_path):
 @pytest.mark.parametrize("workers", [2, 5])
 def test_worker_processes_make_the_same_batches_and_end(small_shards, workers):
     expected = list(reader(small_shards).iterate_batches(2, 9))
-    shared = reader(small_shards, memory=0, workers=workers)
+    shared = reader(small_shards, workers=workers)
     for ours, theirs in zip(shared.iterate_batches(2, 9), expected, strict=True):
         assert ours.step == theirs.step
         assert_same(ours, theirs)
@@ -199,7 +191,7 @@ def test_resampled_batches_depend_on_their_step_alone(small_shards, ranks):
     whole = reader(small_shards, sampling="resampled")
     whole_batches = [whole.read_batch(step) for step in range(12)]
     for rank in range(ranks):
-        part = reader(small_shards, memory=0, rank=rank, ranks=ranks, sampling="resampled")
+        part = reader(small_shards, rank=rank, ranks=ranks, sampling="resampled")
         size = 24 // ranks
         for batch in part.iterate_batches(5, 12):
             theirs = whole_batches[batch.step]
@@ -232,8 +224,7 @@ def test_any_number_of_ranks_shares_the_same_batches(small_shards, ranks, sampli
     whole = reader(small_shards, sampling=sampling)
     wanted = {step: whole.read_batch(step) for step in range(3, 9)}
     readers = (
-        reader(small_shards, memory=0, rank=rank, ranks=ranks, sampling=sampling)
-        for rank in range(ranks)
+        reader(small_shards, rank=rank, ranks=ranks, sampling=sampling) for rank in range(ranks)
     )
     parts = [list(one.iterate_batches(3, 9)) for one in readers]
     for together in zip(*parts, strict=True):
