@@ -4,11 +4,9 @@ here: what a recipe needs (run_plan.py)."""
 import functools
 import importlib.metadata
 import os
-import platform
 import re
 import shutil
 import socket
-import sys
 import time
 import tomllib
 import urllib.request
@@ -55,12 +53,6 @@ def examine_machine(profile: Profile) -> Iterator[Finding]:
                 said = f"{type(error).__name__}: {said[:200]}"
             what = check.__name__.removeprefix("check_").replace("_", " ")
             yield Finding("fail", what, said)
-
-
-def check_python(_: Profile) -> Iterator[Finding]:
-    fits = (3, 11) <= sys.version_info < (3, 14)
-    do = "make the environment anew with 3.11, 3.12 or 3.13"
-    yield Finding.of(fits, "Python", platform.python_version(), do)
 
 
 def check_versions(_: Profile) -> Iterator[Finding]:
@@ -239,7 +231,7 @@ def shared_memory(_: Profile) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    *(check_python, check_versions, check_root, check_tracking, check_servers, check_ports),
+    *(check_versions, check_root, check_tracking, check_servers, check_ports),
     *(check_gpus, check_tokenizer, check_launcher, shared_memory),
 )
 

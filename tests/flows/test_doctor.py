@@ -40,7 +40,7 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(
     def broken(profile: Profile) -> list[health_checks.Finding]:
         raise RuntimeError("http://me:secret@host is odd")
 
-    monkeypatch.setattr(health_checks, "CHECKS", (broken, health_checks.check_python))
+    monkeypatch.setattr(health_checks, "CHECKS", (broken, health_checks.check_tokenizer))
     first, second = health_checks.examine_machine(Profile(_env_file=None, root=tmp_path))
     assert (first.level, second.level) == ("fail", "ok")
     assert first.found == "RuntimeError: http://me:***@host is odd"
