@@ -191,8 +191,7 @@ def dropped_rows(connection: DuckDBPyConnection, plan: MergePlan) -> list[Counte
     """Dropped rows of every source by reason, before selection."""
     counts = [Counter[str]() for _ in plan.config.sources]
     for source, reason, rows in sum_rows(connection, plan, ("*/*", "reasons"), "source, reason"):
-        if reason is not None:
-            counts[source][reason] += rows
+        counts[source][reason] += rows
     for file in plan.files:
         counts[file.source][UNREADABLE_LINE] += file.bad_lines
     return [+count for count in counts]
@@ -270,7 +269,6 @@ def _sum_totals(
     connection: DuckDBPyConnection, plan: MergePlan, cuts: Sequence[SelectionCut]
 ) -> dict[str, Any]:
     sources: list[dict[str, Any]] = []
-    overlaps = _count_overlaps(connection, plan)
     passed = Counter(dict(sum_rows(connection, plan, HISTOGRAMS, "source")))
     for number, dropped in enumerate(dropped_rows(connection, plan)):
         settings, files = plan.config.sources[number], plan.of_source(number)
@@ -296,7 +294,6 @@ def _sum_totals(
                 "rows_read": read,
                 "selected": selected,
                 "dropped": {reason: reasons[reason] for reason in REASONS},
-                "also_in": overlaps[number],
                 "unreadable_lines": [file.first_bad_line for file in files if file.bad_lines],
                 "sidecars": sidecars,
             }
@@ -306,17 +303,6 @@ def _sum_totals(
     }
     dropped_for = {one: sum(source["dropped"][one] for source in sources) for one in REASONS}
     return {"total": total | {"dropped": dropped_for}, "sources": sources}
-
-
-def _count_overlaps(connection: DuckDBPyConnection, plan: MergePlan) -> list[dict[str, int]]:
-    """Of every source: how many of its surviving addresses each later source has too."""
-    counts = [Counter[str]() for _ in plan.config.sources]
-    columns = "source, reason, others"
-    for source, reason, others, rows in sum_rows(connection, plan, ("kept/*", "reasons"), columns):
-        for number, other in enumerate(plan.config.sources):
-            if reason is None and others >> number & 1:
-                counts[source][other.name] += rows
-    return [dict(sorted(count.items())) for count in counts]
 
 
 def _report_balance(connection: DuckDBPyConnection, plan: MergePlan, t: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ BUCKET_BITS = 16
 """First bits of a key that say which partition it is in."""
 TEXT = pa.large_string()
 """Offsets of 64 bits: a run of very long URLs is larger than 2 GB."""
-LAYOUT = 10
+LAYOUT = 11
 """Version of what lies in the folders: units of another one are made again."""
 KEYS = pa.schema(
     [

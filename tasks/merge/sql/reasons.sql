@@ -1,3 +1,2 @@
--- One partition: rows of `deduped` that are dropped, and that other sources have too.
-SELECT source, reason, others, count(*) AS rows FROM deduped
-WHERE reason IS NOT NULL OR others <> 0 GROUP BY ALL
+-- One partition: rows of `deduped` that are dropped.
+SELECT source, reason, count(*) AS rows FROM deduped WHERE reason IS NOT NULL GROUP BY ALL
