@@ -3,7 +3,6 @@ answers (flows/audit/sample_trace.py, flows/graph/ancestry.py, flows/audit/lefto
 tasks/merge/merge_plan.py)."""
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,6 @@ from flows.reporting.terminal import console, moving_bar
 from tasks.progress import format_bytes
 
 sources = Typer(help="Look at metadata files before they become a source.")
-BARS = " ▁▂▃▄▅▆▇█"
 
 
 def trace(
@@ -152,7 +150,7 @@ def prune(
 @sources.command("inspect")
 def inspect_source(
     files: Annotated[str, Argument(metavar="PATH", help="a file, a glob, or a URL with wildcards")],
-    read: Annotated[int, Option(help="files to read for shares and histograms")] = 4,
+    read: Annotated[int, Option(help="files to read for shares")] = 4,
 ) -> None:
     """Say what metadata files hold, before they become a source."""
     from tasks.adopt.adopt import inspect_source as inspect_adoptable
@@ -175,10 +173,10 @@ def inspect_source(
     rows = "" if found.rows is None else f", {found.rows:,} rows"
     console.print(f"{found.files:,} files{rows}")
     console.print(f"columns over {found.read_rows:,} rows of {found.read_files} files:")
-    table = Table("column", "type", "plays", "missing", "0 … 1", box=None, pad_edge=False)
+    table = Table("column", "type", "plays", "missing", box=None, pad_edge=False)
     for column in found.columns:
-        shown = (f"{column.null_share:.1%}", draw_bars(column.histogram))
-        table.add_row(column.name, column.kind, column.part or "", *shown)
+        missing = f"{column.null_share:.1%}"
+        table.add_row(column.name, column.kind, column.part or "", missing)
     console.print(table)
     _print_left_out(found.bad_lines, found.first_bad_line)
     console.print(found.problem or "fit for a source", style="yellow" if found.problem else None)
@@ -189,9 +187,3 @@ def _print_left_out(reasons: Counter[str], first: str) -> None:
         console.print(f"{count:,} would be left out: {reason}")
     if first:
         console.print(f"the first is {first}", soft_wrap=True)
-
-
-def draw_bars(histogram: Sequence[int]) -> str:
-    """A histogram as one block a bin; a bin that is not empty is never blank."""
-    most = max(histogram, default=0)
-    return "".join(BARS[-(-count * (len(BARS) - 1) // most)] for count in histogram if most)

@@ -1,7 +1,7 @@
 """The plan that all units of a merge share, and making it: what every metadata file, sidecar and
 cleaned edition holds, before any of the long work. Text files become parquet here.
 Also the entries of a merge that balances, and what finds them in captions (pairs.sql); and the
-content of metadata files for a person, in bounded memory: columns, rows, gaps, histograms.
+content of metadata files for a person, in bounded memory: columns, rows, gaps.
 
 Not here: the units (units.py), the meaning of columns (schema.py).
 """
@@ -43,7 +43,6 @@ MOST_PARTITIONS = 2_048
 """More than this and the pieces of a run get so small that their headers cost more than they."""
 MARKS = "[,.;:?!`]"
 MOST_CHARS = 300
-BINS = 10
 
 
 class ReadableFile(NamedTuple):
@@ -439,8 +438,6 @@ class ColumnSummary(NamedTuple):
     part: str | None
     """What it would be in a column map."""
     null_share: float
-    histogram: tuple[int, ...]
-    """Rows in ten equal bins of 0 to 1, values outside in the first and last; only scores."""
 
 
 class Inspection(NamedTuple):
@@ -507,22 +504,13 @@ def _summarise_columns(
     """(rows, columns) of files with the same columns."""
     table = "read_parquet($paths, union_by_name = true, hive_partitioning = false)"
     paths = {"paths": [file.path for file in files]}
-    names = {schema.quote_identifier(name): (name, kind) for name, kind in files[0].own.items()}
-    counts = ", ".join(["count(*)", *(f"count({quoted})" for quoted in names)])
-    summaries = []
+    own = files[0].own
+    counted = (f"count({schema.quote_identifier(name)})" for name in own)
+    counts = ", ".join(["count(*)", *counted])
     with explain_read_errors(files[0].published_as):
         [[rows, *there]] = connection.execute(f"SELECT {counts} FROM {table}", paths).fetchall()
-        for (quoted, (name, kind)), values in zip(names.items(), there, strict=True):
-            is_score = schema.is_number(kind) and kind not in schema.INTEGERS
-            histogram = [0] * (BINS if is_score else 0)
-            if histogram:
-                query = (
-                    f"SELECT greatest(0, least({BINS - 1}, floor(value * {BINS})))::INTEGER, "
-                    f"count(*) FROM (SELECT TRY_CAST({quoted} AS DOUBLE) AS value FROM {table}) "
-                    "WHERE isfinite(value) GROUP BY 1"
-                )
-                for place, count in connection.execute(query, paths).fetchall():
-                    histogram[place] = count
-            gaps = 1 - values / max(rows, 1)
-            summaries.append(ColumnSummary(name, kind, parts.get(name), gaps, tuple(histogram)))
+    summaries = [
+        ColumnSummary(name, kind, parts.get(name), 1 - values / max(rows, 1))
+        for (name, kind), values in zip(own.items(), there, strict=True)
+    ]
     return rows, summaries
