@@ -16,7 +16,6 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
-from flows.config.recipe import Recipe
 from flows.graph.ancestry import ancestors_of
 from flows.graph.graph import Graph
 from flows.graph.runner import RecipeSession
@@ -31,7 +30,6 @@ from tasks.register.model_versions import RegisteredVersion
 from tasks.register.promotion import read_decision
 from tasks.table import Cell, Table, markdown_table, words
 
-SEEN = "shown in training"
 PICTURE = "lineage.svg"
 
 
@@ -76,26 +74,17 @@ def publish_overview(session: RecipeSession, graph: Graph) -> None:
     facts.add("Dataset", version.digest)
     if url := session.run.url():
         facts.add("Record", Cell("MLflow run", url=url))
-    seen = [
-        {**row, SEEN: sum(stage.counts.get(f"{row['source']}.samples", 0) for stage in stages)}
-        for row in rows
-    ]
-    title, _, figures = results_markdown(session.recipe, graph).partition("\n")
-    parts = [title, markdown_table(facts)]
-    if seen:
-        table = Table.of(*seen[0])
-        for row in seen:
-            table.add(*(f"{one:,}" if isinstance(one, int) else one for one in row.values()))
+    parts = [f"# {session.recipe.title}", markdown_table(facts)]
+    if rows:
+        table = Table.of(*rows[0], "shown in training")
+        for row in rows:
+            shown = sum(stage.counts.get(f"{row['source']}.samples", 0) for stage in stages)
+            cells = (*row.values(), shown)
+            table.add(*(f"{one:,}" if isinstance(one, int) else one for one in cells))
         parts.append(markdown_table(table))
-    page = "\n\n".join([*parts, figures.strip()]) + "\n"
-    create_markdown_artifact(page, key="summary")
-
-
-def results_markdown(recipe: Recipe, graph: Graph) -> str:
-    """The evaluation's summary under the recipe's title."""
-    summary = (graph.evaluate.folder / SUMMARY).read_text()
-    body = summary.partition("\n")[2].strip()
-    return f"# {recipe.title}\n\n{body}\n\nRecipe digest `{recipe.digest}`."
+    figures = (graph.evaluate.folder / SUMMARY).read_text().partition("\n")[2]
+    parts += [figures.strip(), f"Recipe digest `{session.recipe.digest}`."]
+    create_markdown_artifact("\n\n".join(parts) + "\n", key="summary")
 
 
 def _sum_counts(made: Sequence[Artifact], stage: Stage) -> Counter[str]:
