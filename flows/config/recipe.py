@@ -146,8 +146,7 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
         names = [stage.name for stage in self.train]
-        if len(set(names)) < len(names):
-            raise ValueError(f"training stages must have different names, got {names}")
+        refuse_repeated_names("training stages", names)
         if self.merge_table is None and self.adopt is None:
             raise ValueError(
                 "there is no data: give [merge] with [download], or [[adopt.sources]], or both"
