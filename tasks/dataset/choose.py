@@ -26,13 +26,12 @@ from evaclip_model.reading.samples import IMAGE_EXTENSIONS
 from evaclip_model.reading.tar_file import BrokenTar, TarReader
 from tasks.dataset.config import DatasetConfig, OutsideFiles, Seen
 from tasks.dataset.lists import SHA256, is_url, read_hashes
-from tasks.dataset.scores import count_scores, find_low_scores, read_uids, uids_of_rows
+from tasks.dataset.scores import Rows, count_scores, find_low_scores, read_uids, uids_of_rows
 from tasks.index.perceptual_hash import Hashes, KnownHashes, hash_images, is_crowded, near_pairs
 from tasks.index.sample_index import Ints, Kind, Mask, SampleIndex, ShardVerdict
 
 PAIRED_AT_LEAST = 1 << 10
 """Hashes of which all pairs that look alike are held, however many."""
-Rows = npt.NDArray[np.int64]
 Asked = Mapping[Kind, tuple[str, ...]]
 """What is looked for, by kind."""
 
@@ -122,8 +121,7 @@ class Choice:
     @property
     def left_out(self) -> npt.NDArray[np.bool_]:
         """Mask of the rows that are left out, [rows]."""
-        mask: npt.NDArray[np.bool_] = self._codes != 0
-        return mask
+        return self._codes.astype(np.bool_)
 
     def count_reasons(self, start: int, stop: int) -> dict[str, int]:
         """Rows left out among `start` to `stop` (exclusive), by reason."""
@@ -279,8 +277,7 @@ def _later_looks(looks: Hashes, most: int, candidates: Rows) -> Rows:
     goes = np.ones(len(candidates), dtype=np.bool_)  # behind one that looks the same
     first.sort()
     goes[first] = _find_later_looks(asked[first], most)
-    later: Rows = candidates[goes]
-    return later
+    return candidates[goes]
 
 
 def _find_later_looks(hashes: Hashes, most: int) -> npt.NDArray[np.bool_]:

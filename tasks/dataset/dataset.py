@@ -28,7 +28,7 @@ from evaclip_model.reading.samples import (
     ShardManifest,
     append_tombstones,
 )
-from tasks.artifacts.artifact import CARD, Artifact, Made
+from tasks.artifacts.artifact import CARD, Artifact, Counts, Made
 from tasks.dataset import choose as choosing
 from tasks.dataset.config import (
     CAPTIONS,
@@ -41,7 +41,7 @@ from tasks.dataset.config import (
     OutsideFiles,
     Seen,
 )
-from tasks.dataset.scores import SCORE_PARTS
+from tasks.dataset.scores import SCORE_PARTS, Rows
 from tasks.dataset.sidecars import shard_captions, write_sidecars
 from tasks.index.sample_index import (
     INDEX,
@@ -54,15 +54,13 @@ from tasks.index.sample_index import (
 )
 from tasks.progress import Report
 
-Counts = Mapping[str, int | float]
-
 
 @dataclass(frozen=True)
 class Takedowns:
     """Samples that may be used no longer."""
 
     entries: tuple[str, ...] = ()
-    find: Callable[[SampleIndex], choosing.Rows] | None = None
+    find: Callable[[SampleIndex], Rows] | None = None
     """Finds their rows, apart from those that `before` leaves out already."""
     before: Path | None = None
     """Folder of a version of the same data by the same rules that obeys none or some of these

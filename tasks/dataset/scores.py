@@ -22,8 +22,6 @@ Rows = npt.NDArray[np.int64]
 SCORE_PARTS = 80
 """Of a histogram, from -1 to 1."""
 UIDS_AT_ONCE = 1_000_000
-UidsOf = Callable[[Rows], Sequence[str]]
-"""The uids of rows."""
 
 
 def find_low_scores(
@@ -32,7 +30,7 @@ def find_low_scores(
     sources: Rows,
     min_score: float | None,
     keep_share: float | None,
-    uids_of: UidsOf,
+    uids_of: Callable[[Rows], Sequence[str]],
 ) -> Mask:
     """Rows that a score leaves out, of those that stay so far, [rows].
 
@@ -42,6 +40,7 @@ def find_low_scores(
         min_score: rows below it go.
         keep_share: of each source this share of what is left stays, rounded to the nearest whole
             row: the best scores and, among equal ones, the first uids.
+        uids_of: the uids of rows, which ascend.
     """
     low = np.zeros(len(scores), dtype=np.bool_)
     if min_score is not None:
