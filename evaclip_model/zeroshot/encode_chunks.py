@@ -75,8 +75,7 @@ class EvaSubject:
         self.tokenize = partial(tokenize, context_length=self._context)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        features: Tensor = self._model.encode_image(pixels.to(self._device, self._dtype))
-        return features
+        return self._model.encode_image(pixels.to(self._device, self._dtype))
 
     def find_cut(self, texts: Sequence[str]) -> Tensor:
         return tokenize(texts, self._context + 1)[:, -1] != PAD_TOKEN
@@ -85,8 +84,7 @@ class EvaSubject:
         return tokens.argmax(dim=1) + 1  # the end token has the largest id
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        features: Tensor = self._model.encode_text(tokens)
-        return features
+        return self._model.encode_text(tokens)
 
 
 @contextmanager

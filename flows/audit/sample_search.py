@@ -92,8 +92,7 @@ class SampleSearch:
             except UnreadableImageError as error:
                 raise InputError(f"the picture cannot be read: {error}") from None
             features = embed_images(self._subject, iter([pixels]))
-        vector: Vector = features[0].float().numpy()
-        return vector
+        return features[0].float().numpy()
 
     def find_samples(self, query: Vector, wanted: Wanted) -> list[FoundSample]:
         """The samples nearest to a feature, the nearest first."""
