@@ -1,17 +1,17 @@
 """Rows between the scan and the output: Arrow batches on disk, split over the partitions.
 
 A folder holds the passing rows of one metadata file twice in the same order: `keys.arrows` is what
-deduplication reads, `texts.arrows` what only the output needs. Each is a row of Arrow IPC messages,
-one for a run and partition, beside `*.ends.npy`, where each of them ends: one file instead of one
-for a partition, however many there are, and no encoding that costs more than the rows are worth.
+deduplication reads, `texts.arrows` what only the output needs. Each is an Arrow IPC file, in which
+batch `run * partitions + part` holds what a run has for a partition, even if that is nothing: one
+file instead of one for a partition, however many there are, and no encoding that costs more than
+the rows are worth.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ BUCKET_BITS = 16
 """First bits of a key that say which partition it is in."""
 TEXT = pa.large_string()
 """Offsets of 64 bits: a run of very long URLs is larger than 2 GB."""
-LAYOUT = 11
+LAYOUT = 12
 """Version of what lies in the folders: units of another one are made again."""
 KEYS = pa.schema(
     [
@@ -52,37 +52,31 @@ def write_rows(
     """Split the passing rows of one metadata file over the partitions; `judged` are rows of
     scan.sql, one batch a run, `key` none where there is a `reason`."""
     dropped = Counter[str]()
-    ends: list[list[list[int]]] = []
     with ExitStack() as stack:
-        files = [stack.enter_context((folder / f"{kind}.arrows").open("wb")) for kind in KINDS]
+        files = [
+            (schema.names, stack.enter_context(pa.ipc.new_file(folder / f"{kind}.arrows", schema)))
+            for kind, schema in KINDS.items()
+        ]
         for run in judged:
             for count in pc.value_counts(pc.drop_null(run.column("reason"))).to_pylist():
                 dropped[count["values"]] += count["counts"]
-            ends.append([_append_batch(files, batch) for batch in _split_run(run, partitions)])
-    found = np.array(ends, np.int64).reshape(-1, partitions, len(KINDS))
-    for number, kind in enumerate(KINDS):
-        np.save(folder / f"{kind}.ends.npy", np.ascontiguousarray(found[:, :, number]))
+            for batch in _split_run(run, partitions):
+                for names, file in files:
+                    file.write_batch(batch.select(names))
     counts = [{"source": source, "reason": name, "rows": rows} for name, rows in dropped.items()]
     pq.write_table(pa.Table.from_pylist(counts, REASONS), folder / "reasons.parquet")
 
 
-def read_rows(folder: Path, kind: str, part: int) -> pa.Table:
+def read_rows(folder: Path, kind: str, part: int, partitions: int) -> pa.Table:
     """One partition of a folder's `keys` or `texts`; both have the same rows in the same order."""
-    schema, batches = KINDS[kind], []
-    ends = np.load(folder / f"{kind}.ends.npy", mmap_mode="r")
-    every = ends.reshape(-1)
-    with (folder / f"{kind}.arrows").open("rb") as file:
-        for at in range(part, len(every), ends.shape[1]):
-            begin = int(every[at - 1]) if at else 0
-            if size := int(every[at]) - begin:
-                file.seek(begin)
-                batches.append(pa.ipc.read_record_batch(pa.py_buffer(file.read(size)), schema))
-    return pa.Table.from_batches(batches, schema)
+    file = pa.ipc.open_file(pa.memory_map(str(folder / f"{kind}.arrows")))
+    batches = map(file.get_batch, range(part, file.num_record_batches, partitions))
+    return pa.Table.from_batches(batches, KINDS[kind])
 
 
-def read_keys(folder: Path, source: int, file: int, part: int) -> pa.Table:
+def read_keys(folder: Path, source: int, file: int, part: int, partitions: int) -> pa.Table:
     """Keys of a partition with source, file and `place`: their number in `read_rows`."""
-    keys = read_rows(folder, "keys", part)
+    keys = read_rows(folder, "keys", part, partitions)
     origin = {
         "source": np.full(len(keys), source, np.int32),
         "file": np.full(len(keys), file, np.int32),
@@ -106,14 +100,6 @@ def _key_bytes(keys: pa.ExtensionArray) -> npt.NDArray[np.uint8]:
     return every[keys.offset : keys.offset + len(keys)]
 
 
-def _append_batch(files: Sequence[BinaryIO], batch: pa.RecordBatch) -> list[int]:
-    """Write a batch's columns to the file of their kind; returns where each file ends then."""
-    for schema, file in zip(KINDS.values(), files, strict=True):
-        if batch.num_rows:
-            file.write(batch.select(schema.names).serialize())
-    return [file.tell() for file in files]
-
-
 def _split_run(run: pa.RecordBatch, partitions: int) -> Iterator[pa.RecordBatch]:
     """The passing rows of a run, one batch a partition."""
     key = run.column("key")
@@ -127,5 +113,7 @@ def _split_run(run: pa.RecordBatch, partitions: int) -> Iterator[pa.RecordBatch]
     bounds = np.searchsorted(part[order], np.arange(partitions + 1))
     taken = run.take(pa.array(passing[order])).append_column("bucket", pa.array(bucket[order]))
     sorted_run = taken.select([*KEYS.names, *TEXTS.names])
+    # A slice without rows would be written with the whole run's texts: Arrow cuts only others.
+    nothing = sorted_run.take(pa.array([], pa.int64()))
     for first, end in pairwise(bounds):
-        yield sorted_run.slice(first, end - first)
+        yield sorted_run.slice(first, end - first) if end > first else nothing

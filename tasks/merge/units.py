@@ -280,7 +280,7 @@ def _copy_tables(
 def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, folder: Path) -> None:
     query, parameters = _partition_keys_query(connection, plan, part)
     part_keys = pa.concat_tables(
-        shuffle.read_keys(rows_folder(plan, file), file.source, file.number, part)
+        shuffle.read_keys(rows_folder(plan, file), file.source, file.number, part, plan.partitions)
         for file in plan.files
     )
     part_keys = part_keys.append_column("alone", pa.array(shuffle.is_alone(part_keys)))
@@ -446,7 +446,8 @@ def _read_places(
 ) -> Iterator[tuple[str, pa.ChunkedArray]]:
     """Columns of the rows of a partition that `places` names by `file` and `place` in them."""
     tables = [
-        shuffle.read_rows(rows_folder(plan, file), kind, part).select(names) for file in files
+        shuffle.read_rows(rows_folder(plan, file), kind, part, plan.partitions).select(names)
+        for file in files
     ]
     begins = np.cumsum([0, *map(len, tables)])[:-1]
     indices = begins[np.asarray(places["file"]) - files[0].number] + np.asarray(places["place"])

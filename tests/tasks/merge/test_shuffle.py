@@ -50,8 +50,9 @@ def test_every_passing_row_is_in_the_partition_of_its_key_and_nowhere_else(
     write_rows([judged(0, 70), judged(50, 80).slice(20)], tmp_path, 1, partitions)
     seen: Counter[int] = Counter()
     for part in range(partitions):
-        keys = read_keys(tmp_path, 1, 4, part)
-        rows = zip(keys.to_pylist(), read_rows(tmp_path, "texts", part).to_pylist(), strict=True)
+        keys = read_keys(tmp_path, 1, 4, part, partitions)
+        texts = read_rows(tmp_path, "texts", part, partitions)
+        rows = zip(keys.to_pylist(), texts.to_pylist(), strict=True)
         for place, (key, text) in enumerate(rows):
             number = key["row_in_file"]
             seen[number] += 1
@@ -78,8 +79,15 @@ def test_a_file_of_which_nothing_passes_or_that_has_no_row_is_read_as_empty(tmp_
         (tmp_path / name).mkdir()
         write_rows(runs, tmp_path / name, 0, 2)
         for part in range(2):
-            assert len(read_keys(tmp_path / name, 0, 0, part)) == 0
-            assert len(read_rows(tmp_path / name, "texts", part)) == 0
+            assert len(read_keys(tmp_path / name, 0, 0, part, 2)) == 0
+            assert len(read_rows(tmp_path / name, "texts", part, 2)) == 0
+
+
+def test_partitions_that_get_no_row_of_a_run_cost_no_copy_of_it(tmp_path: Path) -> None:
+    write_rows([judged(0, 3_000)], tmp_path, 0, 2048)
+    empty = sum(not len(read_rows(tmp_path, "texts", part, 2048)) for part in range(2048))
+    assert empty > 500
+    assert (tmp_path / "texts.arrows").stat().st_size < 2048 * 2_000
 
 
 def test_alone_is_who_has_no_twin_wherever_the_twin_lies() -> None:
