@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from evaclip_model.cpu.gloo_gather import all_gather_into_tensor
 from evaclip_model.errors import InputError
 from evaclip_model.model.layers import DTYPES
-from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.config import RANK_STORE, TrainConfig
 from evaclip_model.training.engine import fp32_state as states
 from evaclip_model.training.engine.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config
@@ -409,6 +408,7 @@ def _compute_norms(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
         squares = squares.to(norms[0].device)
         owner = torch.tensor([optim.TOWERS.index(optim.tower_of(name)) for name, _ in held])
         squares.index_add_(0, owner.to(squares.device), torch.stack(norms).double().square())
-    squares = Peers.every_rank().add_up(squares)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(squares)
     found = dict(zip(optim.TOWERS, squares.sqrt().tolist(), strict=True))
     return {"total": float(squares.sum().sqrt()), **found}

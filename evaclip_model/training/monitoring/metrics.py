@@ -21,6 +21,7 @@ from statistics import fmean, median
 from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import profile
 
@@ -28,7 +29,6 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.reading.urls import open_filesystem
-from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.config import METRICS_FILE, TrainConfig, TrainJob
 from evaclip_model.training.cost import peak_flops, train_flops_per_sample
 from evaclip_model.training.engine.engine import Stepped
@@ -107,14 +107,17 @@ class RankStats:
 
 def gather_stats(row: RankRow, device: torch.device) -> RankStats:
     """Tell all ranks this rank's row, and hear theirs; waits for the device, once."""
-    peers = Peers.every_rank()
+    joined = dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     cells = [
         torch.as_tensor(getattr(row, field.name), dtype=torch.float64, device=device)
         for field in fields(RankRow)
     ]
-    table = torch.zeros(peers.count, len(cells), dtype=torch.float64, device=device)
-    table[peers.rank] = torch.stack(cells)
-    return RankStats(tuple(RankRow(*cells) for cells in peers.add_up(table).tolist()))
+    table = torch.zeros(ranks, len(cells), dtype=torch.float64, device=device)
+    table[rank] = torch.stack(cells)
+    if joined:
+        dist.all_reduce(table)
+    return RankStats(tuple(RankRow(*cells) for cells in table.tolist()))
 
 
 @dataclass(frozen=True)
