@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.evaclip_model.trainer_runs import job_of
 
 TRACER = Path(__file__).with_name("step_tracer.py")
-MOST_FILES, MOST_FILES_OF_TRAINING, MOST_FILES_WITH_READER = 20, 10, 23
+MOST_FILES, MOST_FILES_OF_TRAINING, MOST_FILES_WITH_READER = 20, 10, 24
 AS_THE_DEMO = {
     "patch_dropout": 0.5,
     "crop_scale": [0.5, 1.0],
