@@ -340,7 +340,8 @@ def silent_hosts(finished: Sequence[FinishedShard], shards: Path, config: Downlo
             columns=[URL_COLUMN],
             filters=pc.field("status") == "success",
         )
-        hosts |= {urlsplit(url).netloc: url for url in table[URL_COLUMN].to_pylist()}
+        for url in table[URL_COLUMN].to_pylist():
+            hosts.setdefault(urlsplit(url).netloc, url)
         if len(hosts) >= HOSTS:
             break
     asked = list(hosts.values())[:HOSTS]
