@@ -7,25 +7,18 @@ A batch is a function of (shards, settings, step): a run that resumes asks for t
 nothing has to be replayed. A sample that cannot be decoded is counted and replaced by the one after
 it in the same window. webdataset's pipelines know no place to go on from.
 
-Processes may read and decode ahead. A worker is a rank within the rank: it owns an equal run of the
-rank's positions and makes their part of every step, so how many there are changes no batch. A lane
-that two share is read by both, each sample decoded by one. Images come in memory shared with the
-rank, a ring of `SLOTS` steps; captions and counts in a line of JSON. A worker whose rank is gone
-reads the end of its standard input, or fails to write, and ends.
+Processes may read and decode ahead, as torch's DataLoader runs them. A worker is a rank within the
+rank: it owns an equal run of the rank's positions and makes their part of every step, so how many
+there are changes no batch. A lane that two share is read by both, each sample decoded by one.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
-import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
@@ -46,12 +40,8 @@ from evaclip_model.reading.urls import is_url, resolve_location
 
 SHARDS_AHEAD = 2
 """Shards of every lane and source at hand or on their way: the one in use, and the next."""
-WORKER = (sys.executable, "-m", __name__)
-SLOTS = 3
+PARTS_AHEAD = 3
 """Steps that a worker may be ahead of its rank."""
-END_S = 10.0
-"""Seconds for a worker to end once its input is closed."""
-_GO = b"."
 
 
 class Origin(NamedTuple):
@@ -60,20 +50,6 @@ class Origin(NamedTuple):
     key: str
     image: int
     """`number_bytes` of its stored image."""
-
-
-class Part(NamedTuple):
-    """A worker's part of a step."""
-
-    images: Tensor
-    """[b, 3, S, S] uint8, in shared memory until the next part is asked for."""
-    captions: Sequence[str]
-    origins: Sequence[Origin]
-    bad: Mapping[str, int]
-
-
-class WorkerFailed(RuntimeError):
-    """A worker ended without a reason of the user's making; its standard error says why."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +162,7 @@ class BatchReader:
 
     def iterate_batches(self, first_step: int, steps: int) -> Generator[Batch, None, None]:
         """Batches from `first_step` to `steps` (exclusive), the next ones made while one is used;
-        raises as `read_batch`, and WorkerFailed when a reading process crashed or was killed."""
+        raises as `read_batch`, and RuntimeError when a reading process crashed or was killed."""
         workers = min(self._settings.workers, len(self._share))
         if not workers:
             with ThreadPoolExecutor(1, thread_name_prefix="reader") as ahead:
@@ -197,19 +173,15 @@ class BatchReader:
                     following = None if is_last else ahead.submit(self.read_batch, step + 1)
                     yield batch
             return
-        with ExitStack() as stack:
-            team = [
-                stack.enter_context(closing(worker))
-                for worker in self._start_workers(workers, first_step, steps)
-            ]
+        with self._start_workers(workers, first_step, steps) as made:
             for step in range(first_step, steps):
-                parts = [worker.receive_part() for worker in team]  # which lie end to end
+                parts = [_raise_error(next(made)) for _ in range(workers)]  # which lie end to end
                 images = self._allocate_images()
-                torch.cat([part.images for part in parts], out=images)
+                torch.cat([part.batch.images for part in parts], out=images)
                 for part in parts:
                     self.bad.update(part.bad)
-                captions = tuple(caption for part in parts for caption in part.captions)
-                origins = tuple(origin for part in parts for origin in part.origins)
+                captions = tuple(caption for part in parts for caption in part.batch.captions)
+                origins = tuple(origin for part in parts for origin in part.batch.origins)
                 yield Batch(step, images, captions, self._list_positions(step), origins)
 
     def read_batch(self, step: int) -> Batch:
@@ -259,23 +231,29 @@ class BatchReader:
         first = step * self._config.global_batch
         return torch.arange(first + self._share.start, first + self._share.stop)
 
-    def _start_workers(self, workers: int, first_step: int, steps: int) -> Iterator[Worker]:
-        config = self._config
-        limits = {"shard_cache_bytes": self._settings.shard_cache_bytes // workers, "workers": 0}
-        for worker in range(workers):
-            settings: dict[str, Any] = {
-                "shards": str(self._location),
-                "sampling": config.model_dump(
-                    mode="json", include=set(SamplingConfig.model_fields)
-                ),
-                "rank": self._rank * workers + worker,
-                "ranks": self._ranks * workers,
-                "settings": self._settings.model_dump(mode="json") | limits,
-                "first_step": first_step,
-                "steps": steps,
-            }
-            images = len(share_of_batch(config.global_batch, settings["rank"], settings["ranks"]))
-            yield Worker(settings, (images, 3, config.image_px, config.image_px))
+    @contextmanager
+    def _start_workers(
+        self, workers: int, first_step: int, steps: int
+    ) -> Generator[Iterator[_Part | InputError], None, None]:
+        """Yield what gives the parts of every step in their order, made ahead in /dev/shm."""
+        config = self._config.model_dump(include=set(SamplingConfig.model_fields))
+        room = self._settings.shard_cache_bytes // workers
+        settings = self._settings.model_copy(update={"workers": 0, "shard_cache_bytes": room})
+        given = self._location, SamplingConfig.model_validate(config), settings
+        loader = DataLoader(
+            _Parts(*given, self._rank, self._ranks, first_step, steps),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=PARTS_AHEAD,
+            worker_init_fn=_ignore_signals,
+            multiprocessing_context="spawn",  # a rank has threads, which no fork survives
+            generator=torch.Generator(),  # the loader draws a seed, which nothing of ours needs
+        )
+        made: Any = iter(loader)
+        try:
+            yield made
+        finally:  # now, not when nothing refers to it: an error's traceback does
+            made._shutdown_workers()
 
     def _draw_sample(
         self, source: int, lane: int, draw: int, position: int
@@ -393,116 +371,49 @@ def _resolve_weights(
     return {name: weights[name] for name in by_source if name in weights}
 
 
-class Worker:
-    """One worker, seen from its rank."""
+@dataclass(frozen=True)
+class _Part:
+    """A worker's part of a step, and the unusable samples that it met since the one before."""
 
-    def __init__(self, settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-        """Start a process with `settings` of JSON's types, for `serve_parts`, and the part's image
-        shape [b, 3, S, S]; its first parts are made at once."""
-        memory = os.memfd_create("evaclip-images")
-        os.ftruncate(memory, SLOTS * int(np.prod(shape)))
+    batch: Batch
+    bad: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Parts(IterableDataset[_Part | InputError]):
+    """The parts of a worker, one a step; an InputError, which torch would wrap, is the last."""
+
+    shards: Path | str
+    config: SamplingConfig
+    settings: ReadSettings
+    rank: int
+    ranks: int
+    first_step: int
+    steps: int
+
+    def __iter__(self) -> Iterator[_Part | InputError]:
+        worker = get_worker_info()
+        assert worker is not None, "the process of a rank makes batches, not parts"
+        rank, ranks = self.rank * worker.num_workers + worker.id, self.ranks * worker.num_workers
+        given = self.shards, self.config
         try:
-            self._process = subprocess.Popen(
-                WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[memory]
-            )
-            self._slots = _allocate_slots(memory, shape)
-        finally:
-            os.close(memory)
-        self._taken = 0
-        sent = json.dumps({"memory": memory, "shape": shape, **settings})
-        self._send_message(sent.encode() + b"\n" + _GO * SLOTS)
-
-    def receive_part(self) -> Part:
-        """The next step's part, once it is there; raises InputError as the reader would, and
-        WorkerFailed."""
-        if self._taken:
-            self._send_message(_GO)  # the slot of the part before is free again
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.endswith(b"\n"):
-            raise WorkerFailed(f"a reading process ended with status {self._process.wait()}")
-        said = json.loads(line)
-        if "error" in said:
-            raise InputError(said["error"])
-        images = self._slots[self._taken % SLOTS]
-        self._taken += 1
-        origins = [Origin(*origin) for origin in said["origins"]]
-        return Part(images, said["captions"], origins, said["bad"])
-
-    def close(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with suppress(BrokenPipeError):
-                pipe.close()
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _send_message(self, data: bytes) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(data)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise WorkerFailed(
-                f"a reading process ended with status {self._process.wait()}"
-            ) from None
+            reader = BatchReader(*given, rank=rank, ranks=ranks, settings=self.settings)
+            with closing(reader):
+                for batch in reader.iterate_batches(self.first_step, self.steps):
+                    bad = dict(reader.bad)
+                    reader.bad.clear()
+                    yield _Part(batch, bad)
+        except InputError as error:
+            yield error
 
 
-def serve_parts() -> int:
-    """Be a worker: make parts of the batches that its rank's settings ask for, as fast as there is
-    room; returns the exit code."""
-    # Ctrl-C and a launcher's SIGTERM reach the whole group; the rank still saves a checkpoint.
+def _raise_error(part: _Part | InputError) -> _Part:
+    if isinstance(part, InputError):
+        raise part
+    return part
+
+
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C and a launcher's SIGTERM reach the whole group; the rank still saves a checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is not an answer
-    torch.set_num_threads(1)
-    sent = json.loads(sys.stdin.buffer.readline())
-    slots = _allocate_slots(sent["memory"], sent["shape"])
-
-    def send_answer(**said: Any) -> None:
-        answers.write(json.dumps(said).encode() + b"\n")
-        answers.flush()
-
-    try:
-        reader = BatchReader(
-            sent["shards"],
-            SamplingConfig(**sent["sampling"]),
-            rank=sent["rank"],
-            ranks=sent["ranks"],
-            settings=ReadSettings(**sent["settings"]),
-        )
-        with closing(reader):
-            batches = reader.iterate_batches(sent["first_step"], sent["steps"])
-            for number, batch in enumerate(batches):
-                bad = dict(reader.bad)
-                reader.bad.clear()
-                if not sys.stdin.buffer.read(1):
-                    break
-                slots[number % SLOTS].copy_(batch.images)
-                send_answer(captions=batch.captions, origins=batch.origins, bad=bad)
-    except InputError as error:
-        send_answer(error=str(error))
-    except BrokenPipeError:
-        pass  # the rank is gone
-    return 0
-
-
-def _allocate_slots(memory: int, shape: Sequence[int]) -> list[Tensor]:
-    """Tensors of a shape [b, 3, S, S] in shared memory, where the channels come last."""
-    images, channels, height, width = shape
-    size = int(np.prod(shape))
-    mapped = mmap.mmap(memory, SLOTS * size)
-    return [
-        torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=number * size)
-        .view(images, height, width, channels)
-        .permute(0, 3, 1, 2)
-        for number in range(SLOTS)
-    ]
-
-
-if __name__ == "__main__":
-    sys.exit(serve_parts())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.reader import WORKER, BatchReader, ReadSettings, WorkerFailed
+from evaclip_model.reading.reader import BatchReader, ReadSettings
 from evaclip_model.reading.samples import ShardManifest
 from evaclip_model.training.config import TrainConfig
 
@@ -87,7 +87,7 @@ def test_without_weights_sources_are_drawn_as_large_as_they_are(small_shards):
 
 def workers_of(rank):
     children = psutil.Process(rank).children()
-    return [child for child in children if child.cmdline()[1:] == list(WORKER[1:])]
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
 def spoilt_copy(shards, tmp_path):
@@ -149,7 +149,7 @@ def test_a_killed_worker_is_an_error_at_once_and_leaves_no_other(small_shards):
     workers = workers_of(os.getpid())
     assert len(workers) == 2
     workers[1].kill()
-    with pytest.raises(WorkerFailed, match="-9"):
+    with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
         for batch in batches:
             assert batch.captions
     assert not workers_of(os.getpid())
@@ -174,7 +174,8 @@ def test_workers_end_when_their_rank_is_killed(small_shards, tmp_path):
         "config = TrainConfig(**eval(sys.argv[2]))\n"
         "manifest, settings = Path(sys.argv[1]), ReadSettings(workers=2)\n"
         "reader = BatchReader(manifest, config, rank=0, ranks=1, settings=settings)\n"
-        "for batch in reader.iterate_batches(0, 10**6): print(batch.step, flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "  for batch in reader.iterate_batches(0, 10**6): print(batch.step, flush=True)\n"
     )
     command = [sys.executable, script, small_shards / "shards.json", repr(config().model_dump())]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as rank:
