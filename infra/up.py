@@ -124,6 +124,11 @@ class Service:
 
 def services(options):
     """(settings of the workers; the servers and the workers), as up.toml has them."""
+    if "://" in options.root:
+        raise UserError(
+            f"EVACLIP_ROOT is {options.root}, and the servers of `make up` keep their databases in "
+            "a folder: give one by --root, or run servers of their own (docs/team.md)"
+        )
     root = Path(options.root).resolve()
     folder = root / "services"
     folder.mkdir(parents=True, exist_ok=True)

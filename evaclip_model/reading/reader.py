@@ -147,10 +147,10 @@ class BatchReader:
                 "copies for negatives; set it lower, or add samples"
             )
         self._decode = decode_fast if config.decode == "fast" else decode_image
-        is_remote = is_url(shards) or any(is_url(shard.path) for shard in manifest.shards)
+        folder = str(shards).rpartition("/")[0] if is_url(shards) else str(Path(shards).parent)
+        is_remote = any(is_url(resolve_location(folder, one.path)) for one in manifest.shards)
         if is_remote and settings.shard_cache is None:
             raise InputError(f"{shards} has shards at URLs: name a folder to fetch them into")
-        folder = str(shards).rpartition("/")[0] if is_url(shards) else str(Path(shards).parent)
         cache = settings.shard_cache if is_remote else None
         room = settings.shard_cache_bytes
         self._store = ShardStore(folder, cache, room, rank=rank, ranks=ranks)

@@ -1,11 +1,27 @@
 """Files that may lie behind a URL. Large ones are shard_store.py's."""
 
+import json
+import os
 import posixpath
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.files import refuse_special
+
+WORKING_COPY = "working-copy.json"
+"""In a folder whose files may be at a URL instead: `url` and `name` of its `WorkingCopy`."""
+
+
+class WorkingCopy(NamedTuple):
+    """A folder that has some of the files of a store, at the same paths below both."""
+
+    place: str
+    """Absolute path of the folder, without links in it."""
+    url: str
+    name: str
+    """Unlike any other working copy's."""
 
 
 def is_url(location: Path | str) -> bool:
@@ -19,9 +35,27 @@ def resolve_location(folder: str, path: str) -> str:
     if is_url(path):
         return path
     if not is_url(folder):
-        return f"{folder or '.'}/{path}"
+        return locate_file(f"{folder or '.'}/{path}")
     scheme, _, place = folder.partition("://")
     return f"{scheme}://{posixpath.normpath(f'{place}/{path}')}"
+
+
+def locate_file(path: str) -> str:
+    """A path of this machine, or the URL of a file that a working copy has only at its store."""
+    copy = find_working_copy(os.path.dirname(path))
+    if copy is None or os.path.exists(path):
+        return path
+    return f"{copy.url}/{os.path.relpath(path, copy.place)}"
+
+
+@lru_cache(4096)
+def find_working_copy(folder: str) -> WorkingCopy | None:
+    """The working copy that a folder lies in; None: it is in none."""
+    inside = Path(os.path.abspath(folder))
+    for above in (inside, *inside.parents):
+        if (found := above / WORKING_COPY).is_file():
+            return WorkingCopy(str(above), **json.loads(found.read_text()))
+    return None
 
 
 def open_filesystem(url: str) -> Any:

@@ -88,6 +88,11 @@ class _Root:
 
 def find_leftovers(profile: Profile, days: float) -> list[Leftover]:
     """Return what may go, ahead of what it is made of; what changed in the last `days` stays."""
+    if profile.root_url:
+        raise InputError(
+            f"prune works on a root that is a folder: at {profile.root_url} it could not tell what "
+            "flows of other machines use; delete there what lineage shows to be of no use"
+        )
     folder = profile.root.resolve()
     root = _Root(profile, stored.read_artifacts(folder))
     again = [Leftover(path, "can be made again") for one in MADE_AGAIN for path in folder.glob(one)]

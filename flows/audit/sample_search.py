@@ -21,6 +21,7 @@ from flows.audit.sample_trace import find_versions, locate_shard
 from flows.config.profile import Profile
 from flows.graph.outside_data import fetch_model, fingerprint_model
 from tasks.artifacts.artifact import Artifact, Role, read_artifact, read_artifacts
+from tasks.artifacts.root_store import fetch_artifact
 from tasks.embed.config import STAGE
 from tasks.embed.embed import REPORT
 from tasks.embed.search import Hit, Searched, Vector, Wanted, read_feature, search_features
@@ -59,7 +60,8 @@ class SampleSearch:
         self._searched = []
         for one in embedded:
             verified = read_artifact(self._root / VERIFY.name / one.parents[Role.DATA])
-            verdicts = read_verdicts(verified.folder)
+            verdicts = read_verdicts(fetch_artifact(verified.folder))
+            fetch_artifact(one.folder)
             sources = {n: of.shard.source for n, of in enumerate(verdicts) if of.shard}
             self._data[one.folder] = verified, verdicts
             search_index = None

@@ -14,12 +14,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from evaclip_model.reading.samples import SHARDS, Captions, ShardManifest, read_captions
-from evaclip_model.reading.urls import is_url
+from evaclip_model.reading.urls import is_url, locate_file
 from flows.config.profile import Profile, load_profile
 from flows.graph import ancestry
 from flows.graph.outside_data import sort_takedowns
 from flows.graph.step import Step
 from tasks.artifacts.artifact import Artifact, Made, Role, read_artifacts
+from tasks.artifacts.root_store import fetch_artifact
 from tasks.dataset import config as data
 from tasks.dataset.choose import Asked, find_asked
 from tasks.dataset.dataset import Takedowns, make_dataset
@@ -77,7 +78,7 @@ def trace_sample(
 def _in_one_verification(
     verified: Artifact, asked: Asked, artifacts: Sequence[Artifact]
 ) -> Iterator[Trace]:
-    index = SampleIndex(verified.folder)
+    index = SampleIndex(fetch_artifact(verified.folder))
     rows = [row for kind, values in asked.items() for row in index.find_samples(kind, values)]
     if not rows:
         return
@@ -109,12 +110,12 @@ def find_versions(
 
 def locate_shard(artifact: Artifact, shard: str) -> str:
     place = shard_location(artifact.folder.resolve(), shard)
-    return place if is_url(place) else str(Path(place).resolve())
+    return place if is_url(place) else locate_file(str(Path(place).resolve()))
 
 
 def _further_captions(version: Artifact, shard: str, key: str) -> Captions:
     """Return what a dataset version says of a sample besides the caption in its shard."""
-    if not (version.folder / data.CAPTIONS).is_dir():
+    if not (fetch_artifact(version.folder) / data.CAPTIONS).is_dir():
         return {}
     for one in ShardManifest.read(version.folder / SHARDS).shards:
         if one.captions and locate_shard(version, one.path) == shard:
@@ -176,7 +177,7 @@ def describe_unmatched(file: Path, root: Path) -> Iterator[str]:
     versions = [artifact for artifact in artifacts if artifact.kind == data.STAGE.name]
     for folder in {ancestry.data_of(version, artifacts).folder for version in versions}:
         for kind, values in sort_takedowns(entries).items():
-            for row in SampleIndex(folder).find_samples(kind, values):
+            for row in SampleIndex(fetch_artifact(folder)).find_samples(kind, values):
                 marks |= {row["uid"], row["sha256"], row["stored_sha256"]}
                 marks.add((row["url"] or "").partition("://")[2])
     urls = tuple(filter(is_web_url, entries))
@@ -202,7 +203,8 @@ def describe_unmatched(file: Path, root: Path) -> Iterator[str]:
 def left_out(version: Artifact, rows: Sequence[int]) -> dict[int, str]:
     """Return those of an index's rows that a dataset version leaves out, with the reason."""
     # row groups whose statistics say that they hold none of the rows are not read
-    table = pq.read_table(version.folder / data.LEFT_OUT, filters=pc.field("row").isin(list(rows)))
+    folder = fetch_artifact(version.folder, data.LEFT_OUT)
+    table = pq.read_table(folder / data.LEFT_OUT, filters=pc.field("row").isin(list(rows)))
     return dict(zip(table["row"].to_pylist(), table["reason"].to_pylist(), strict=True))
 
 
@@ -227,7 +229,7 @@ def _make_successor(
 ) -> Succession | None:
     """The version that obeys all takedowns of `versions` and `entries`; None if none is needed."""
     verified = ancestry.data_of(versions[0], artifacts)
-    index = SampleIndex(verified.folder)
+    index = SampleIndex(fetch_artifact(verified.folder))
     rows = find_asked(index, asked)
     wanted = rows.tolist()
     holding = [version for version in versions if set(wanted) - left_out(version, wanted).keys()]
@@ -250,7 +252,7 @@ def _make_successor(
     config = data.DatasetConfig.from_mapping(
         {**old.config, **rules}, where=str(old.folder / data.REPORT)
     )
-    takedowns = Takedowns(tuple(sorted(obeyed)), lambda _: rows, old.folder)
+    takedowns = Takedowns(tuple(sorted(obeyed)), lambda _: rows, fetch_artifact(old.folder))
 
     def make(_: Profile, out: Path, report: Report) -> Made:
         return make_dataset(config, ancestors, data.OutsideFiles(), takedowns, out, report)

@@ -115,7 +115,8 @@ def plan(
                 console.print(text, soft_wrap=True)
     if (top1 := loaded.published.imagenet_top1) is not None:
         console.print(f"published: {top1:g} % top-1 on ImageNet-1K, zero-shot")
-    console.print(f"artifacts in {profile.root.resolve()}, tracking at {profile.mlflow_uri}")
+    root = profile.root_url or profile.root.resolve()
+    console.print(f"artifacts in {root}, tracking at {profile.mlflow_uri}")
     machine = Machine.this_machine(profile.root.resolve())
     for given in map(Machines.parse_spec, gpus) if gpus else [None]:
         fits = summarise_findings(recipe_findings(loaded, graph, profile, machine, given))

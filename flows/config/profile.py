@@ -1,17 +1,19 @@
 """The profile: where things run, from the environment (prefix EVACLIP_) or a `.env` file. It never
 changes a result."""
 
+import hashlib
 import json
 import os
-import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, AliasChoices, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from evaclip_model.config import explain_error
 from evaclip_model.errors import InputError
+from evaclip_model.reading.urls import is_url
+from tasks.artifacts.root_store import open_working_copy
 from tasks.download.config import Distributor
 from tasks.evaluate.config import EvaluationMachine
 from tasks.process.launch import RankLaunch, count_gpus
@@ -19,8 +21,6 @@ from tasks.register.config import COPIED, LargeWeights
 from tasks.tracking import TrackingStore
 from tasks.train.config import Launch
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""A path that begins so is a URL whose double slash became one when it was read as a path."""
 _READ = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, populate_by_name=True)
 
 
@@ -37,7 +37,14 @@ class Profile(BaseSettings, Launch):
     model_config = _READ | SettingsConfigDict(env_prefix=Launch.PREFIX)
 
     root: Annotated[Path, AfterValidator(Path.expanduser)] = Path("runs")  # no shell reads .env
-    """Folder of all artifacts; also of the embedded servers' databases."""
+    """Folder of all artifacts, also of the embedded servers' databases; or a URL that fsspec knows
+    (s3://bucket/runs): then this is a working copy of it."""
+    root_url: str = ""
+    """That URL; not a setting."""
+    root_cache: Path | None = None
+    """Folder for working copies, each under its URL's hash; unset: in the user's cache."""
+    root_cache_gb: float = Field(50.0, ge=0)
+    """Most that finished artifacts take in it when a command begins, in GB."""
     tracking_uri: str = Field(
         "", validation_alias=AliasChoices("EVACLIP_TRACKING_URI", "MLFLOW_TRACKING_URI")
     )
@@ -74,14 +81,29 @@ class Profile(BaseSettings, Launch):
     registry_weights: str = COPIED.place
     """Folder or `s3://…` for them, each once; empty: they stay where they were trained."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _place_working_copy(cls, values: dict[str, Any]) -> dict[str, Any]:
+        url = str(values.get("root", "")).rstrip("/")
+        if not is_url(url):
+            return {**values, "root_url": ""}
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evaclip"
+        name = hashlib.sha256(url.encode()).hexdigest()[:16]
+        root = Path(values.get("root_cache") or cache / "roots") / name
+        return {**values, "root_url": url, "root": root}
+
     @property
     def large_weights(self) -> LargeWeights:
-        return LargeWeights(self.registry_copy_gb, self.registry_weights)
+        return LargeWeights(self.registry_copy_gb, self._weights)
 
     @property
     def weight_places(self) -> tuple[str, ...]:
         """Folders and URIs below which a registry's versions may refer to their weights."""
-        return tuple(filter(None, (str(self.root.resolve()), self.registry_weights)))
+        return tuple(filter(None, (str(self.root.resolve()), self._weights)))
+
+    @property
+    def _weights(self) -> str:
+        return self.registry_weights or (self.root_url and f"{self.root_url}/weights")
 
     @property
     def machine(self) -> EvaluationMachine:
@@ -103,7 +125,10 @@ class Profile(BaseSettings, Launch):
 
     @property
     def launch(self) -> Launch:
-        return Launch(**{name: getattr(self, name) for name in Launch.model_fields})
+        given = {name: getattr(self, name) for name in Launch.model_fields}
+        if self.root_url and not self.checkpoint_url:  # where another machine goes on from them
+            given["checkpoint_url"] = f"{self.root_url}/checkpoints"
+        return Launch(**given)
 
     @property
     def mlflow_uri(self) -> str:
@@ -125,15 +150,27 @@ def load_profile() -> Profile:
         name = field if field.isupper() else f"{read.PREFIX}{field.upper()}"
         wrong = explain_error(read, error).replace(f"'{field}'", name, 1)
         raise InputError(f"environment setting {wrong}") from None
-    if URL.match(str(profile.root)):
-        raise InputError(
-            f"EVACLIP_ROOT is '{profile.root}': the root of all artifacts must be a folder "
-            "that every machine of the run mounts; object storage is for shards to read, "
-            "checkpoints (EVACLIP_CHECKPOINT_URL) and the registry's weights"
-        )
+    if profile.root_url:
+        _require_shared(profile)
+        place, room = profile.root.resolve(), profile.root_cache_gb * 1e9
+        open_working_copy(profile.root_url, place, room)
     TrackingStore.at(profile.mlflow_uri, experiment="")
     _know_secret(profile)
     return profile
+
+
+def _require_shared(profile: Profile) -> None:
+    """Refuse a root at a URL that not all of its processes would see."""
+    said = f"EVACLIP_ROOT is {profile.root_url}"
+    if profile.root_url.startswith("memory:"):
+        raise InputError(f"{said}, which ends with each process: take one as s3://bucket/runs")
+    is_here = profile.launch.is_local and profile.download_distributor == "multiprocessing"
+    if not is_here and profile.root_cache is None:
+        raise InputError(
+            f"{said}, and EVACLIP_LAUNCHER or EVACLIP_DOWNLOAD_DISTRIBUTOR starts work on other "
+            "machines, which meets in its working copy: set EVACLIP_ROOT_CACHE to a folder that "
+            "all of them mount at the same path"
+        )
 
 
 def _know_secret(profile: Profile) -> None:

@@ -52,6 +52,7 @@ from tasks.artifacts.artifact import (
     lineage_of,
     read_artifacts,
 )
+from tasks.artifacts.root_store import fetch_artifact
 from tasks.dataset.config import (
     LEFT_OUT,
     RULES_IN_FILES,
@@ -281,7 +282,7 @@ def merge_step(
             source.name: find_files(source.files, site.demo, f"merge.sources '{source.name}'")
             for source in config.sources
         }
-        before = [artifact.folder for artifact in given]
+        before = [fetch_artifact(artifact.folder) for artifact in given]
         return merge_in_chunks(config, found, out, report, profile.merge_workers, before)
 
     targets = [source.target_count for source in config.sources]
@@ -327,7 +328,7 @@ def adopt_step(
     def make(_: Profile, out: Path, report: Report) -> Made:
         from tasks.adopt.adopt import adopt_sources
 
-        return adopt_sources(config, out, report, [one.folder for one in given])
+        return adopt_sources(config, out, report, [fetch_artifact(one.folder) for one in given])
 
     what = f"{len(config.sources)} sources, shards stay where they lie"
     record = Record(outside=partial(describe_sources, config=config))
@@ -488,7 +489,7 @@ def dataset_step(
         takedowns, before = Takedowns(), None
         if entries:  # the choice of the version without any takedowns is taken over, if there
             asked = sort_takedowns(entries)
-            before = plain.folder if plain.is_finished else None
+            before = fetch_artifact(plain.folder) if plain.is_finished else None
             takedowns = Takedowns(entries, lambda index: find_asked(index, asked), before)
         known = describe_judged(judged, data) if judged else None
         known = describe_seen(site, seen, data, profile) if seen else known
@@ -503,9 +504,11 @@ def dataset_step(
 def describe_seen(site: Site, embed: Sequence[Step], data: Parent, profile: Profile) -> Seen:
     """Return what a model saw of all data; it is opened only where it is shown more."""
     from tasks.embed.embed import find_features, read_scores
+    from tasks.index.sample_index import CHECKED
 
     parts = verifications_in(data)
-    folders = [(one.folder, of.folder) for one, of in zip(embed, parts, strict=True)]
+    pairs = zip(embed, parts, strict=True)
+    folders = [(one.folder, fetch_artifact(of.folder, CHECKED)) for one, of in pairs]
     config = EmbedConfig.model_validate(embed[0].config)
     model, _ = find_model(site, OutsideMarks(site.demo), config.models[0])
     return Seen(
@@ -520,9 +523,12 @@ def describe_seen(site: Site, embed: Sequence[Step], data: Parent, profile: Prof
 def describe_judged(judged: Judged, data: Parent) -> Seen:
     """Return the scores that champions gave, each to a part of the data."""
     from tasks.embed.embed import read_scores
+    from tasks.index.sample_index import CHECKED
 
     pairs = zip(judged, verifications_in(data), strict=True)
-    scores, parts = read_scores([(one.folder if one else None, of.folder) for one, of in pairs])
+    scores, parts = read_scores(
+        [(one.folder if one else None, fetch_artifact(of.folder, CHECKED)) for one, of in pairs]
+    )
     return Seen(scores, (), parts=parts)
 
 
@@ -678,13 +684,15 @@ def evaluate_step(
         from tasks.evaluate.metrics.compute import TrainingData
 
         trained_on = []
-        if dataset and (dataset.folder / LEFT_OUT).is_file():  # else it was cleared away
+        # Without it, the dataset was cleared away.
+        if dataset and (fetch_artifact(dataset.folder, LEFT_OUT) / LEFT_OUT).is_file():
             data = find_data(finished_artifact(dataset), read_artifacts(root))
-            trained_on = [TrainingData(data.folder, dataset.folder / LEFT_OUT)] if data else []
+            left_out = dataset.folder / LEFT_OUT
+            trained_on = [TrainingData(fetch_artifact(data.folder), left_out)] if data else []
+        curves = [fetch_artifact(one.folder, METRICS_FILE) / METRICS_FILE for one in train]
         has_features = any((root / EMBED.name).glob("*/manifest.json"))
         return evaluate_models(
-            *(config, models, find_sets(), [step.folder / METRICS_FILE for step in train]),
-            *(out, report),
+            *(config, models, find_sets(), curves, out, report),
             machine=profile.machine,
             search=f"http://127.0.0.1:{profile.search_port}/" if has_features else "",
             trained_on=trained_on,

@@ -21,6 +21,7 @@ from flows.graph.step import ABSENT, Input, Step
 from tasks.adopt.config import AdoptConfig, AdoptedSource
 from tasks.adopt.find_source import find_source, source_mark
 from tasks.artifacts.artifact import DIGEST_CHARS, Artifact, fingerprint_files
+from tasks.artifacts.root_store import fetch_artifact
 from tasks.evaluate.config import RESULTS
 from tasks.initialise.config import REGISTRY
 from tasks.lineage.stage_record import outside_dataset
@@ -117,7 +118,8 @@ def find_files(pattern: str, demo: Step | None, where: str) -> list[Path] | list
     if pattern.startswith(DEMO_PREFIX):
         if demo is None:
             raise InputError(f"{where}: '{pattern}' needs a [demo] table in the recipe")
-        pattern = str(Path(glob.escape(str(demo.folder))) / pattern.removeprefix(DEMO_PREFIX))
+        folder = glob.escape(str(fetch_artifact(demo.folder)))
+        pattern = str(Path(folder) / pattern.removeprefix(DEMO_PREFIX))
     try:
         found = find_metadata(pattern, where)
     except InputError as error:

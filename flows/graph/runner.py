@@ -23,6 +23,7 @@ from flows.graph.graph import Graph, load_graph
 from flows.graph.step import Step, digest_of, finished_artifact
 from flows.reporting.terminal import console, moving_bar, summarise_counts
 from tasks.artifacts.artifact import ROOT_LOCK, Artifact, Made
+from tasks.artifacts.root_store import fetch_artifact
 from tasks.lineage.journal import JOURNALS
 from tasks.lineage.mlflow_store import PipelineRun, Tracking
 from tasks.merge.config import MergeConfig
@@ -72,7 +73,7 @@ class Session:
                 artifact,
                 inputs={name: finished_artifact(one) for name, one in step.record.datasets.items()},
                 outside=step.record.outside(artifact),
-                attach=[artifact.folder / file for file in step.record.files],
+                attach=[fetch_artifact(step.folder, file) / file for file in step.record.files],
             )
         # The one line that stays; the run's log in the UI gets it, too.
         seconds, summary = time.monotonic() - started, summarise_counts(artifact.counts)

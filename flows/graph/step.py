@@ -15,6 +15,7 @@ from pathlib import Path
 from evaclip_model.config import Config
 from flows.config.profile import Profile
 from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact, read_artifact
+from tasks.artifacts.root_store import fetch_artifact
 from tasks.progress import Report
 
 ABSENT = "absent"
@@ -82,7 +83,15 @@ class Step:
 
     def make_artifact(self, profile: Profile, report: Report) -> Artifact:
         with nullcontext() if self.is_finished else self.service():
-            return produce_artifact(self.address, lambda out: self.work(profile, out, report))
+            return produce_artifact(
+                self.address, lambda out: self._work_on_inputs(profile, out, report), report
+            )
+
+    def _work_on_inputs(self, profile: Profile, out: Path, report: Report) -> Made:
+        for given in self.inputs.values():
+            if not isinstance(given, str):
+                fetch_artifact(given.folder, report=report)
+        return self.work(profile, out, report)
 
     @cached_property
     def is_settled(self) -> bool:

@@ -23,7 +23,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.tokenizer.bundled_assets import VOCABULARY, package_file
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
-from flows.planning.run_plan import Finding, ask_driver
+from flows.planning.run_plan import Finding, ask_driver, check_tracking_place
 from tasks.artifacts.artifact import sha256_of
 from tasks.process.cluster import CLUSTERS
 from tasks.process.launch import count_gpus, read_hostfile
@@ -111,8 +111,8 @@ def check_tracking(profile: Profile) -> Iterator[Finding]:
 
     store = TrackingStore.at(profile.mlflow_uri, "doctor")
     found = f"{store.uri} takes runs, {redact_text(store.try_out())} takes files"
-    do = "SQLite is for one machine: name an MLflow server over PostgreSQL (docs/team.md)"
-    yield Finding.of(not store.database or profile.launch.is_local, "tracking", found, do, "warn")
+    yield Finding("ok", "tracking", found)
+    yield from check_tracking_place(profile)
     for model, problem in check_models(store.uri):
         yield Finding.of(not problem, model, problem or "its files are there", "")
 

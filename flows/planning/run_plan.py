@@ -16,6 +16,7 @@ import psutil
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SHARDS
+from evaclip_model.reading.urls import find_working_copy
 from evaclip_model.training.config import MODEL_FOLDER
 from evaclip_model.training.cost import shown_tokens, stage_flops_per_sample
 from flows.config.profile import Profile
@@ -25,9 +26,11 @@ from flows.graph.step import Step, finished_artifact
 from flows.planning.recipe_cost import GIB, cut_share, reader_bytes
 from flows.reporting.terminal import summarise_counts
 from tasks.artifacts.artifact import Role
+from tasks.artifacts.root_store import fetch_artifact
 from tasks.embed.config import FEATURES, TEACH
 from tasks.process.launch import count_gpus, default_ranks
 from tasks.progress import format_bytes, report_nothing
+from tasks.tracking import SQLITE
 
 SMALL_BYTES = 50_000_000  # reports, databases, what else a run leaves
 Level = Literal["ok", "warn", "fail"]
@@ -77,8 +80,10 @@ def check_disk(graph: Graph) -> None:
 
 
 def disk_bytes(graph: Graph) -> int:
-    """Return what the steps that are not finished write at least."""
+    """Return what the steps that are not finished write at least; of a root at a URL, here."""
     needed = [step.expected_bytes for step in graph.steps if not step.is_finished]
+    if needed and find_working_copy(str(graph.site.root)) is not None:
+        return SMALL_BYTES  # shards and checkpoints go to the URL as they are finished
     return sum(needed) + SMALL_BYTES if needed else 0
 
 
@@ -147,10 +152,19 @@ def recipe_findings(
     except InputError as error:
         yield Finding("fail", "samples", str(error))
     yield _check_disk(graph, profile.root, machine)
+    yield from check_tracking_place(profile)
     if not all(step.is_finished for step in graph.train):
         if given is None:
             yield _check_memory(recipe, profile, machine)
         yield from _check_training(recipe, profile, machine, given)
+
+
+def check_tracking_place(profile: Profile) -> Iterator[Finding]:
+    """Warn where machines share the root, and what is tracked lies in SQLite, which is for one."""
+    is_shared = profile.root_url or not profile.launch.is_local
+    if is_shared and profile.mlflow_uri.startswith(SQLITE):
+        do = "name an MLflow server over PostgreSQL by EVACLIP_TRACKING_URI (docs/team.md)"
+        yield Finding("warn", "tracking", f"{profile.mlflow_uri} is for one machine", do)
 
 
 def summarise_findings(findings: Iterable[Finding]) -> str:
@@ -230,6 +244,8 @@ def rehearse_training(recipe: Recipe, profile: Profile, graph: Graph) -> Iterato
         if missing:
             yield f"{config.name}: not tried, {missing[0]} has not run yet"
             continue
+        for one in given:
+            fetch_artifact(one.folder)
         teachers = tuple(one.folder / FEATURES for one in given if one.stage.name == TEACH.name)
         inputs = Inputs(start.folder / MODEL_FOLDER, graph.dataset.folder / SHARDS, teachers)
         # Under the root, which all machines of a launch see.

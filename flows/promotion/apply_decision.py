@@ -28,6 +28,7 @@ from flows.promotion.promotion_events import announce_promotion
 from flows.reporting.prefect_artifacts import publish_lineage
 from flows.reporting.terminal import console
 from tasks.artifacts import artifact as stored
+from tasks.artifacts.root_store import fetch_artifact, withdraw_manifest
 from tasks.evaluate.config import RESULTS
 from tasks.evaluate.metrics.metric import judged_metrics
 from tasks.progress import Report
@@ -61,7 +62,7 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> stored.Artifact:
         decision = read_decision(step.folder)
         registered_as = json.loads((step.folder / REGISTERED).read_text())["version"]
         if promotion.waits_for(store, config, registered_as, decision) is Waiting.STALE:
-            (step.folder / stored.MANIFEST).unlink()
+            withdraw_manifest(step.folder)
     if not step.is_finished:
         decision = _judge_candidate(
             session, graph, promotion.require_champion(store, config.model_name, config.alias)
@@ -144,7 +145,8 @@ def _approval_key(config: RegisterConfig, version: int | str) -> str:
 
 def champion_beside(session: RecipeSession, champion: promotion.Standing) -> Beside:
     """The champion to evaluate another one beside: where it was trained, or a registry's copy."""
-    folder = session.root / TRAIN.name / champion.digest / MODEL_FOLDER
+    folder = session.root / TRAIN.name / champion.digest
+    folder = fetch_artifact(folder, MODEL_FOLDER) / MODEL_FOLDER
     weights = folder / WEIGHTS_FILE
     if not (
         champion.digest and weights.is_file() and stored.sha256_of(weights) == champion.weights
@@ -163,7 +165,7 @@ def _judge_candidate(
     session: RecipeSession, graph: Graph, standing: promotion.Standing | None
 ) -> gate.Decision:
     policy, champion = session.recipe.registry.gate, None
-    folders = {TRAINED: graph.final.folder / MODEL_FOLDER}
+    folders = {TRAINED: fetch_artifact(graph.final.folder) / MODEL_FOLDER}
     weights = {TRAINED: stored.sha256_of(folders[TRAINED] / WEIGHTS_FILE)}
     results = json.loads((graph.evaluate.folder / RESULTS).read_text())
     if standing is not None:

@@ -26,14 +26,18 @@ from typing import Any, NamedTuple, Self
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.files import lock_file, refuse_special, write_atomically
+from tasks.artifacts.lease import hold_lease
+from tasks.artifacts.root_store import (
+    BULK as BULK,
+    LOCK,
+    MANIFEST as MANIFEST,
+    PRUNED as PRUNED,
+    ROOT_LOCK as ROOT_LOCK,
+    Outbox,
+    fetch_artifact,
+)
+from tasks.progress import Report, report_nothing
 
-MANIFEST = "manifest.json"
-PRUNED = "pruned.json"
-"""The manifest of an artifact whose files were removed: what it was made from stays known."""
-ROOT_LOCK = ".flows.lock"
-"""Under the root of all artifacts: held by every flow, and alone by whoever removes artifacts."""
-BULK = "bulk.jsonl"
-"""List of an artifact's bulk files: `{"path": ..., "size": ...}` a line."""
 CARD = "card.md"
 INPUTS = "inputs.json"
 """Source -> marks of the files that a merge or an adoption took."""
@@ -157,21 +161,24 @@ class Made:
     their end and hashes then. Their sizes go into the list `BULK`, which is hashed."""
 
 
-def produce_artifact(address: Address, make: Callable[[Path], Made]) -> Artifact:
+def produce_artifact(
+    address: Address, make: Callable[[Path], Made], report: Report = report_nothing
+) -> Artifact:
     """Return the artifact at `address`, calling `make(folder)` only when it is not finished: it may
-    find the leavings of a killed run, and continues or clears them."""
+    find the leavings of a killed run, and continues or clears them. Of a root at a URL what is made
+    is put there."""
     if address.is_finished:
         return read_artifact(address.folder)
     folder = address.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_file(folder / ".lock")
+        lock = lock_file(folder / LOCK)
         if lock is None:
             raise InputError(f"another run is making {folder}: wait for it, or stop it first")
-        with lock:
+        with lock, hold_lease(folder, report) as check:
             if address.is_finished:
                 return read_artifact(folder)
-            return _publish_manifest(address, make(folder))
+            return _publish_manifest(address, make(folder), check, report)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
@@ -222,7 +229,7 @@ def read_bulk(folder: Path) -> dict[Path, int] | None:
 def read_inputs(folder: Path) -> dict[str, set[str]]:
     """Source -> marks of the files that a finished merge has read or an adoption has taken; none
     for one of before there was such a list."""
-    path = folder / INPUTS
+    path = fetch_artifact(folder, INPUTS) / INPUTS
     known = json.loads(path.read_text()) if path.is_file() else {}
     return {name: set(marks) for name, marks in known.items()}
 
@@ -251,11 +258,13 @@ def fingerprint_files(path: Path) -> str:
     return digest.hexdigest()[:DIGEST_CHARS]
 
 
-def _publish_manifest(address: Address, made: Made) -> Artifact:
-    folder = address.folder
+def _publish_manifest(
+    address: Address, made: Made, check: Callable[[], None], report: Report
+) -> Artifact:
+    folder, outbox = address.folder, Outbox(address.folder)
     files = [*made.files]
     if made.bulk:
-        sizes = {str(file.relative_to(folder)): file.stat().st_size for file in made.bulk}
+        sizes = {str(one.relative_to(folder)): outbox.state_of(one)[0] for one in made.bulk}
         lines = [json.dumps({"path": path, "size": size}) + "\n" for path, size in sizes.items()]
         write_atomically(folder / BULK, "".join(lines))
         files.append(folder / BULK)
@@ -277,7 +286,9 @@ def _publish_manifest(address: Address, made: Made) -> Artifact:
         "tools": {name: metadata.version(name) for name in address.stage.tools},
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    text = json.dumps(manifest, indent=1) + "\n"
+    outbox.publish_files(files, made.bulk, text, check, report)
+    write_atomically(folder / MANIFEST, text)
     (folder / PRUNED).unlink(missing_ok=True)
     return read_artifact(folder)
 

@@ -27,6 +27,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.samples import BrokenShard
 from tasks.artifacts.artifact import Made
+from tasks.artifacts.root_store import Outbox
 from tasks.download.config import Crew, DownloadConfig, require_distributor
 from tasks.download.download_worker import WorkerJob, open_files_needed
 from tasks.download.fetch_outcome import Outcome
@@ -87,7 +88,7 @@ def download_images(
     shards that did well are kept."""
     require_distributor(crew.distributor)
     plan = plan_download(merged, config)
-    order = _Order(out, config, crew, report)
+    order = _Order(out, config, crew, report, Outbox(out))
     first = last = _Pass(1, order, plan, rows_before=0)
     done = [first.complete_shards()]
     _judge_success(config, first, done[0])
@@ -118,6 +119,8 @@ class _Order(NamedTuple):
     config: DownloadConfig
     crew: Crew
     report: Report
+    outbox: Outbox
+    """Of a root at a URL, where finished tars go at once."""
 
 
 class _Pass:
@@ -136,7 +139,7 @@ class _Pass:
         self._rows_before = rows_before
         self._first = first
         self._folder = folder
-        self._ledger = Ledger(folder / "checked.jsonl", self.shards)
+        self._ledger = Ledger(folder / "checked.jsonl", self.shards, order.outbox)
         self._finished: list[FinishedShard] = []
         self._problems: list[str] = []
         self._check_shards()
@@ -161,6 +164,7 @@ class _Pass:
                 with suppress(_LostWorker):
                     self._run_img2dataset(_lay_out_inputs(self._folder, self.plan, self._order))
             finally:
+                self._order.outbox.wait_for_all()
                 self._check_shards()
                 lost = self._forget_shards_without_network(whole_before)
             self._remove_unfinished()
@@ -242,8 +246,10 @@ class _Pass:
                 moved, tried = now, progress.counts.total()
             for number in reader.take_finished():
                 self._ledger.take_verdict(verdict_file(job.counters, number))
+                planned, outbox = self.plan.shards[number - job.first_number], self._order.outbox
                 with suppress(BrokenShard):  # it will be found again when all is looked at
-                    self._ledger.check_planned(self.plan.shards[number - job.first_number])
+                    if outbox.copy is not None and self._ledger.check_planned(planned):
+                        outbox.move_files(shard_files(self.shards, planned)[:1])
             watch.take_progress(now, progress)
             prefix = f"pass {self.number}: " if self.number > 1 else ""
             self._order.report(watch.rows_done, self.plan.rows, prefix + watch.progress_line())
@@ -312,7 +318,7 @@ def _check_before_start(out: Path, rows: int, order: _Order) -> None:
     """Refuse what would fail hours later: too little disk, or too few open files."""
     image_px, threads = order.config.image_px, order.crew.threads
     needed, free = expected_bytes(rows, image_px), shutil.disk_usage(out).free
-    if free < needed:
+    if free < needed and order.outbox.copy is None:
         raise InputError(
             f"{rows:,} images at {image_px} px need about {needed / 1e9:.2f} GB, but "
             f"{out} has {free / 1e9:.2f} GB free: free some space or use another disk"

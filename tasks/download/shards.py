@@ -31,6 +31,7 @@ from pydantic import TypeAdapter
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import RECORD_EXTENSION, BrokenShard
+from tasks.artifacts.root_store import Outbox
 from tasks.download.config import DownloadConfig
 from tasks.download.fetch import Fetcher
 from tasks.download.fetch_outcome import NETWORK, RETRYABLE, Outcome, outcome_of, retry_after_s
@@ -228,11 +229,13 @@ def verdict_file(counters: Path, shard: int) -> Path:
 
 
 class Ledger:
-    """The whole shards of one folder, as the file at `path` remembers them."""
+    """The whole shards of one folder, as the file at `path` remembers them; tars that an `outbox`
+    moved away are as whole as they were."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, path: Path, folder: Path, outbox: Outbox | None = None) -> None:
         self._path = path
         self._folder = folder
+        self._outbox = outbox or Outbox(folder)
         self._known: dict[PlannedShard, tuple[FinishedShard, list[tuple[int, int]]]] = {}
         self._take_lines(path)
 
@@ -259,10 +262,10 @@ class Ledger:
     def check_planned(self, planned: PlannedShard) -> FinishedShard:
         """The shard as remembered, or as `check_shard` finds it now."""
         try:
-            stats = [path.stat() for path in shard_files(self._folder, planned)]
+            files = shard_files(self._folder, planned)
+            stamp: list[tuple[int, int]] = [self._outbox.state_of(path) for path in files]
         except OSError as error:
             raise BrokenShard(f"shard {planned.name} is unfinished: {error}") from error
-        stamp = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         known, before = self._known.get(planned, (None, None))
         if known is None or before != stamp:
             known = check_shard(self._folder, planned)

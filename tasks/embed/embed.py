@@ -21,6 +21,7 @@ from evaclip_model.reading.samples import SHARDS
 from evaclip_model.reading.teacher_features import file_sizes, stream_file
 from evaclip_model.training.config import TrainConfig
 from tasks.artifacts.artifact import Made
+from tasks.artifacts.root_store import fetch_artifact
 from tasks.embed.config import FEATURES, EmbedConfig
 from tasks.embed.embed_shard import EmbedJob, usable_rows
 from tasks.index.sample_index import CHECKED, SampleIndex, ShardVerdict, link_or_copy, read_verdicts
@@ -94,8 +95,12 @@ def _take_over(
     """Link features that others have of the same samples, in the same places of equal shards."""
     missing = set(used) - _list_finished(to)
     numbers = {one.shard.sha256: n for n, one in used.items() if one.shard and n in missing}
-    for artifact, verified in (one for one in known if (one[1] / CHECKED).exists()):
-        for other, verdict in enumerate(read_verdicts(verified) if numbers else ()):
+    for artifact, verified in known:
+        has_verdicts = numbers and (fetch_artifact(verified, CHECKED) / CHECKED).exists()
+        verdicts = read_verdicts(verified) if has_verdicts else []
+        if any(one.shard and one.shard.sha256 in numbers for one in verdicts):
+            fetch_artifact(artifact, FEATURES)
+        for other, verdict in enumerate(verdicts):
             file = artifact / FEATURES / f"{other:06d}.parquet"
             sha256 = verdict.shard.sha256 if verdict.shard else ""
             if sha256 in numbers and file.exists():

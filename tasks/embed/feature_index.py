@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from evaclip_model.files import replace_file
 from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact
+from tasks.artifacts.root_store import fetch_artifact
 from tasks.embed.config import FEATURES
 from tasks.embed.search import Hit, Vector, Wanted, vectors_of
 from tasks.progress import Report
@@ -46,7 +47,8 @@ class FeatureIndex:
         address, self.features = address_index(root, features), features.folder
         self.made = produce_artifact(address, lambda out: make_index(features, out, report))
         """Its counts are the `probed` lists of a part and the `recall_at_10` that these gave."""
-        self._parts = [_open_part(file) for file in sorted(self.made.folder.glob("*.faiss"))]
+        files = sorted(fetch_artifact(self.made.folder, report=report).glob("*.faiss"))
+        self._parts = [_open_part(file) for file in files]
 
     def find_nearest(self, query: Vector, wanted: Wanted, shards: Sequence[int]) -> list[Hit]:
         """In each part the samples nearest to a unit vector [D], among some shards."""

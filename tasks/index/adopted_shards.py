@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from pydantic import Field
@@ -15,7 +15,7 @@ from pydantic import Field
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
-from evaclip_model.reading.urls import is_url, open_filesystem
+from evaclip_model.reading.urls import is_url, locate_file, open_filesystem
 from tasks.artifacts.artifact import DIGEST_CHARS
 
 ADOPTED = "adopted.jsonl"
@@ -82,16 +82,22 @@ def _size_and_mark(location: str) -> tuple[int, str] | None:
 
 
 @contextmanager
-def on_this_machine(location: str, folder: Path) -> Iterator[Path]:
-    """A shard's file: where it lies, or what is fetched from its URL into `folder` and removed."""
+def on_this_machine(location: str, folder: Path, also: Sequence[str] = ()) -> Iterator[Path]:
+    """A shard's file: where it lies, or what is fetched from its URL into `folder` and removed,
+    with those beside it that have one of the endings `also` instead of `.tar`."""
+    location = locate_file(location)
     if not is_url(location):
         yield Path(location)
         return
     beside = folder / f".fetched.{os.getpid()}.tar"
     with ExitStack() as stack:
-        stack.callback(beside.unlink, missing_ok=True)
         try:
-            open_filesystem(location).get_file(location, str(beside))
+            for end in (".tar", *also):
+                file = beside.with_name(beside.name.removesuffix(".tar") + end)
+                stack.callback(file.unlink, missing_ok=True)
+                with nullcontext() if end == ".tar" else suppress(FileNotFoundError):
+                    url = location.removesuffix(".tar") + end
+                    open_filesystem(url).get_file(url, str(file))
         except Exception as error:  # every protocol has its own kinds
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -35,6 +35,7 @@ from evaclip_model.tokenizer.bundled_assets import bundle_assets
 from evaclip_model.training.config import MODEL_FOLDER
 from evaclip_model.weights.checkpoint_files import REFERENCE_FILE, WEIGHTS_FILE, Reference
 from tasks.artifacts import artifact
+from tasks.artifacts.root_store import withdraw_manifest
 from tasks.progress import Report, report_nothing
 from tasks.register.config import COPIED, REGISTERED, LargeWeights, RegisterConfig
 from tasks.register.model_versions import list_files, open_registry, resolve_version
@@ -137,7 +138,7 @@ def forget_if_gone(address: artifact.Address, store: TrackingStore) -> None:
         about = registered["name"], str(registered["version"])
         with store.connect() as client:
             if find_answer(client.get_model_version, *about) is None:
-                (address.folder / artifact.MANIFEST).unlink()
+                withdraw_manifest(address.folder)
 
 
 def _is_same(tags: dict[str, str]) -> str:

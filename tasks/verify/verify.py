@@ -27,6 +27,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.reading import image_decoder
 from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
+from evaclip_model.reading.urls import locate_file
 from tasks.artifacts.artifact import Made, read_bulk, sha256_of
 from tasks.index import adopted_shards, sample_index
 from tasks.index.perceptual_hash import grey_of, hashes_of
@@ -126,6 +127,8 @@ def _list_jobs(downloaded: Path, out: Path) -> list[ShardJob]:
 
 
 def _refuse_changed(shards: Sequence[adopted_shards.AdoptedShard]) -> None:
+    # Those that were packed are nobody else's to change, and may lie in the root's store by now.
+    shards = [one for one in shards if locate_file(one.location) == one.location]
     found = adopted_shards.sizes_and_marks([shard.location for shard in shards])
     pairs = zip(shards, found, strict=True)
     changed = [shard.location for shard, now in pairs if now != (shard.size, shard.mark)]
@@ -378,7 +381,8 @@ class VerifyJob(Config):
 def verify_share(job: VerifyJob, rank: int, ranks: int, say: Callable[[RankState], None]) -> None:
     """Verify every `ranks`-th of the job's shards, and `say` how many are done."""
     for done, shard in enumerate(job.shards[rank::ranks], 1):
-        with adopted_shards.on_this_machine(shard.location, shard.target.parent) as tar:
+        also = ("_stats.json", ".parquet") if shard.source is None else ()  # what downloads leave
+        with adopted_shards.on_this_machine(shard.location, shard.target.parent, also) as tar:
             verify_shard(tar, shard, job.config)
         say(RankState(done=done))
 

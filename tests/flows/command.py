@@ -66,13 +66,13 @@ def small_demo(root: Path) -> Demo:
     )
 
 
-def environment(root: Path, **more: str) -> dict[str, str]:
+def environment(root: Path | str, **more: str) -> dict[str, str]:
     """This process's environment without its settings, with everything under `root`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(FROM_OUTSIDE)}
     return {**kept, "EVACLIP_ROOT": str(root), "OMP_NUM_THREADS": "1", **more}
 
 
-def run(arguments: Sequence[str], root: Path, **settings: str) -> Ended:
+def run(arguments: Sequence[str], root: Path | str, **settings: str) -> Ended:
     """`python -m flows ARGUMENTS`, to its end."""
     started = time.monotonic()
     ended = subprocess.run(
@@ -88,12 +88,14 @@ def run(arguments: Sequence[str], root: Path, **settings: str) -> Ended:
 
 
 @contextmanager
-def started(arguments: Sequence[str], root: Path) -> Iterator[subprocess.Popen[str]]:
+def started(
+    arguments: Sequence[str], root: Path | str, **settings: str
+) -> Iterator[subprocess.Popen[str]]:
     """The same, under way in a process group of its own; what is left at the end is killed."""
     process = subprocess.Popen(
         [sys.executable, "-m", "flows", *arguments],
         cwd=CHECKOUT,
-        env=environment(root),
+        env=environment(root, **settings),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -114,7 +116,7 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def processes_of(root: Path) -> list[psutil.Process]:
+def processes_of(root: Path | str) -> list[psutil.Process]:
     """Every process that works on `root`, by its environment."""
     found = []
     for process in psutil.process_iter():

@@ -148,6 +148,6 @@ def test_postgresql_is_asked_for_where_several_machines_share_the_root(
     monkeypatch.setenv("EVACLIP_LAUNCHER", launcher)
     monkeypatch.setenv("EVACLIP_RANKS", "8")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (found,) = health_checks.check_tracking(load_profile())
+    *_, found = health_checks.check_tracking(load_profile())
     assert found.level == level
     assert ("PostgreSQL" in found.do) is (level == "warn")

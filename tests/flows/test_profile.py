@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.urls import find_working_copy
+from flows.audit.leftovers import find_leftovers
 from flows.config.profile import load_profile
+from flows.planning.run_plan import check_tracking_place
 from tasks.train.config import Launch
 
 
@@ -88,7 +91,6 @@ def test_what_verifies_starts_by_settings_of_its_own(profile_of):
         ({"launcher": "slurmm"}, r"^environment setting EVACLIP_LAUNCHER should be 'auto'"),
         ({"nodes": "0"}, r"^environment setting EVACLIP_NODES should be greater than 0, got '0'"),
         ({"profile_steps": "7"}, r"setting EVACLIP_PROFILE_STEPS must be .* as 100-110, got 7"),
-        ({"root": "s3://bucket/runs"}, r"^EVACLIP_ROOT is 's3:/bucket/runs': .* must be a folder"),
         ({"verify_nodes": "2"}, r"^EVACLIP_VERIFY_NODES is above 1: .* by EVACLIP_VERIFY_LAUNCHER"),
         ({"verify_ranks": "x"}, r"^environment setting EVACLIP_VERIFY_RANKS should be a valid int"),
         ({"rendezvous": "first"}, r"setting EVACLIP_RENDEZVOUS must be host:port, got 'first'"),
@@ -97,3 +99,25 @@ def test_what_verifies_starts_by_settings_of_its_own(profile_of):
 def test_a_wrong_setting_is_one_sentence(profile_of, settings, sentence):
     with pytest.raises(InputError, match=sentence):
         profile_of(**settings)
+
+
+def test_a_root_at_a_url_has_a_working_copy_here_and_its_checkpoints_there(profile_of, tmp_path):
+    url = f"file://{tmp_path}/store"
+    profile = profile_of(root=f"{url}/", root_cache=str(tmp_path / "cache"), root_url="elsewhere")
+    assert (profile.root_url, profile.root.parent) == (url, tmp_path / "cache")
+    assert find_working_copy(str(profile.root / "train"))[:2] == (str(profile.root), url)
+    assert profile.launch.checkpoint_url == f"{url}/checkpoints"
+    assert profile.large_weights.place == f"{url}/weights"
+    assert [one.what for one in check_tracking_place(profile)] == ["tracking"]
+    assert profile_of(root=str(tmp_path / "runs")).root_url == ""
+
+
+def test_a_root_at_a_url_refuses_what_needs_a_folder(profile_of, tmp_path):
+    url = f"file://{tmp_path}/store"
+    with pytest.raises(InputError, match=r"EVACLIP_ROOT is memory://runs, which ends with each"):
+        profile_of(root="memory://runs")
+    with pytest.raises(InputError, match=r"EVACLIP_LAUNCHER or .* set EVACLIP_ROOT_CACHE"):
+        profile_of(root=url, launcher="slurm", ranks="8")
+    profile = profile_of(root=url, launcher="slurm", ranks="8", root_cache=str(tmp_path / "shared"))
+    with pytest.raises(InputError, match=r"^prune works on a root that is a folder"):
+        find_leftovers(profile, days=0)

@@ -105,7 +105,7 @@ def s3(folder, access_key, secret_key):
     options = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
     weed = Path(sys.executable).with_name("weed")
     bound = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-    bound += ["-volume.max=20", "-master.volumeSizeLimitMB=64"]
+    bound += ["-volume.preStopSeconds=0", "-volume.max=20", "-master.volumeSizeLimitMB=64"]
     command = [weed, "server", f"-dir={data}", "-s3", f"-s3.config={config}", *bound, *options]
     with running(command, folder / "weed.log", lambda: listens(ports[-1])):
         yield f"http://127.0.0.1:{ports[-1]}"

@@ -24,6 +24,7 @@ import pytest
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import BrokenShard, read_samples
 from tasks.artifacts.artifact import Made
+from tasks.artifacts.root_store import open_working_copy
 from tasks.download import download as download_module, shards
 from tasks.download.config import Crew, DownloadConfig
 from tasks.download.download import download_images
@@ -191,11 +192,14 @@ def test_other_options_in_the_same_folder_are_refused(run: Run) -> None:
         download_images(other, run.merged, run.out, Crew(1, 4), lambda *_: None)
 
 
+@pytest.mark.parametrize("is_at_url", [False, True], ids=["in a folder", "at a URL"])
 def test_kill_9_of_the_flow_then_of_a_downloader_gives_the_same_bytes(
-    run: Run, tmp_path: Path
+    run: Run, tmp_path: Path, is_at_url: bool
 ) -> None:
-    out = tmp_path / "killed"
-    out.mkdir()
+    out, stored = tmp_path / "killed/download/d", tmp_path / "store/download/d"
+    if is_at_url:
+        open_working_copy(f"file://{tmp_path}/store", tmp_path / "killed", 1e9)
+    out.mkdir(parents=True)
     code = (
         "import sys; from pathlib import Path\n"
         "from tasks.download.config import Crew, DownloadConfig\n"
@@ -232,7 +236,10 @@ def test_kill_9_of_the_flow_then_of_a_downloader_gives_the_same_bytes(
     assert killed
     assert not is_left(out)
     assert made.counts == run.made.counts
-    assert digests(out, ".tar", ".parquet") == digests(run.out, ".tar", ".parquet")
+    moved = digests(stored, ".tar") if is_at_url else {}
+    assert bool(moved) == is_at_url
+    assert moved.keys().isdisjoint(digests(out, ".tar"))
+    assert moved | digests(out, ".tar", ".parquet") == digests(run.out, ".tar", ".parquet")
     again = {path.name: path.stat().st_mtime_ns for path in shards.glob("*_stats.json")}
     redone = [name for name, written in finished.items() if again[name] != written]
     assert redone == []
