@@ -34,4 +34,5 @@ def main(manifest, config, first, steps, workers, folder, kill):
             out.flush()
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])
