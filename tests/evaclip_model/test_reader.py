@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import psutil
@@ -130,6 +131,15 @@ def test_worker_processes_make_the_same_batches_and_end(small_shards, workers):
         assert ours.step == theirs.step
         assert_same(ours, theirs)
     assert not workers_of(os.getpid())
+
+
+def test_a_rank_slower_than_its_workers_gets_every_step(small_shards):
+    """Workers are done, and may have ended, long before their last parts are taken."""
+    taken = []
+    for batch in reader(small_shards, workers=1).iterate_batches(0, 6):
+        time.sleep(0.5)
+        taken.append(batch.step)
+    assert taken == [*range(6)]
 
 
 def test_bad_images_that_workers_meet_are_counted_by_the_rank(small_shards, tmp_path):
