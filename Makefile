@@ -14,7 +14,7 @@ setup: $(VENV)/.pipeline ## the environment (made by itself when another target 
 $(VENV)/.pipeline: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline && touch $@
 
-EXTRAS = pipeline spark tensorboard search video open_clip onnx team infra dev fuzz browser bench build audit
+EXTRAS = pipeline spark ray tensorboard search video open_clip onnx team infra dev fuzz browser bench build audit
 $(VENV)/.audit: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev audit && touch $@ $(VENV)/.pipeline $(VENV)/.dev
 
@@ -95,6 +95,14 @@ $(VENV)/.spark: $(STAMP)
 
 test-spark: $(VENV)/.spark ## the merge on Spark gives DuckDB's rows; needs Java 17 (1 min)
 	@$(PY) -m pytest tests/tasks/merge/test_spark.py
+
+$(VENV)/.ray: $(STAMP)
+	@python3 infra/environment.py $(VENV) pipeline dev ray && touch $@ $(VENV)/.pipeline $(VENV)/.dev
+
+test-ray: $(VENV)/.ray ## a download by a Ray cluster, in a network of its own, ends as one by processes (3 min)
+	@OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=disabled RAY_ADDRESS=127.0.0.1:6379 unshare --map-root-user --net sh -c 'ip link set lo up && \
+		$(VENV)/bin/ray start --head --node-ip-address=127.0.0.1 --num-cpus=2 --include-dashboard=false && \
+		$(PY) -m pytest -m slow tests/tasks/download/test_spread.py -k ray; status=$$?; $(VENV)/bin/ray stop; exit $$status'
 
 $(VENV)/.fuzz: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev fuzz && touch $@ $(VENV)/.pipeline $(VENV)/.dev

@@ -157,3 +157,8 @@ def require_distributor(name: Distributor) -> None:
             "the download distributor 'pyspark' needs Java 17, but neither JAVA_HOME is set nor "
             "is there a java on the PATH: install it, or use 'multiprocessing'"
         )
+    if name == "ray" and not os.environ.get("RAY_ADDRESS"):
+        raise InputError(
+            "the download distributor 'ray' needs a cluster, named by RAY_ADDRESS: one that Ray "
+            "started by itself would listen on all networks of this machine; use 'multiprocessing'"
+        )

@@ -24,7 +24,8 @@ DEBIAN = {
     "slurmctld slurmd slurm-client munge": lambda: all(map(found, OF_SLURM)),
     "docker.io docker-compose debootstrap": lambda: all(map(found, OF_DOCKER)),
 }
-TESTS = ("tests/infra", "tests/tasks/register/test_s3.py", "tests/tasks/adopt/test_s3_shards.py")
+OF_S3 = ("tests/tasks/register/test_s3.py", "tests/tasks/adopt/test_s3_shards.py")
+TESTS = ("tests/infra", *OF_S3, "tests/flows/test_root_at_url.py")
 CHECKOUT = Path(__file__).parents[2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +38,17 @@ def test_spark_needs_java(monkeypatch: pytest.MonkeyPatch) -> None:
     config.require_distributor("multiprocessing")
 
 
+def test_ray_needs_a_cluster_as_its_own_would_listen_to_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config, "find_spec", lambda _: object())
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match="needs a cluster, named by RAY_ADDRESS"):
+        config.require_distributor("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    config.require_distributor("ray")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pyspark", "ray"])
 def test_rows_end_the_same_whoever_starts_the_processes(
@@ -46,6 +58,8 @@ def test_rows_end_the_same_whoever_starts_the_processes(
         pytest.skip(f"{name} is not installed")
     if name == "pyspark" and shutil.which("java") is None:
         pytest.skip("there is no Java")
+    if name == "ray" and "RAY_ADDRESS" not in os.environ:
+        pytest.skip("no Ray cluster is named: make test-ray")
     out = tmp_path / "out"
     out.mkdir()
     config = CONFIG.model_copy(update={"samples_per_shard": 16})
