@@ -53,10 +53,10 @@ def url(
     if request.param == "file":
         yield f"file://{tmp_path}/store/runs"
         return
-    import s3fs
-
     settings = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "a-secret"}
     settings |= {"AWS_ENDPOINT_URL": request.getfixturevalue("server")}
+    import s3fs
+
     for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
