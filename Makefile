@@ -182,7 +182,7 @@ $(VENV)/.infra: $(STAMP)
 check-infra: $(VENV)/.infra ## infra/ against its validators and real PostgreSQL, S3, Slurm, Docker; as root, INSTALL=1 fetches them
 	@PYTHONPATH=. $(PY) tests/infra/check_infra.py $(if $(INSTALL),--install)
 
-test-root-url: $(VENV)/.infra ## the demo's pipeline with its root at a real S3 server, killed twice, finished by a machine with an empty disk (5 min)
+test-root-url: $(VENV)/.infra ## the demo's pipeline with its root at a real S3 server, killed twice, finished by a machine with an empty disk (8 min)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/flows/test_root_at_url.py
 
 acceptance: $(VENV)/.dev ## 60,000 real pictures from URLs to figures, the same from every way of evaluating; needs two Debian packages (20 min)

@@ -69,7 +69,8 @@ class ReadSettings(Config):
     """Limits on what reading costs; no batch depends on them."""
 
     workers: int = 0
-    """Processes that read and decode ahead, at most; 0: a thread."""
+    """Processes that read and decode ahead, at most; 0: a thread. They import the main module
+    again: a script that asks for them does its work under `if __name__ == "__main__"`."""
     shard_cache: Path | None = None
     """Folder for shards that are fetched from a URL."""
     shard_cache_bytes: int = 0
